@@ -1,0 +1,110 @@
+"""Every method the service offers. One row a method; adding one is this row, its parameters and one file.
+
+No torch here: `path` is imported by whoever runs the method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models import params
+from models.errors import UnknownName
+
+Kind = Literal["embedding", "relation", "classifier"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One catalog row. `path` is 'module:Class' of the implementation."""
+
+    name: str
+    kind: Kind
+    summary: str
+    path: str
+    params: type[params.Params]
+    paper: str
+    url: str
+
+
+_VGSE = (
+    "VGSE: Visually-Grounded Semantic Embeddings for Zero-Shot Learning (CVPR 2022)",
+    "https://arxiv.org/abs/2203.10444",
+)
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        "vgse",
+        "embedding",
+        "Patch clusters learned with neighbour, entropy, class and semantic losses.",
+        "models.embedding.clustering:PatchClustering",
+        params.ClusteringParams,
+        *_VGSE,
+    ),
+    Method(
+        "kmeans",
+        "embedding",
+        "Cosine to k-means centres of patch features (the paper's k-means baseline).",
+        "models.embedding.baselines:KMeansEmbedding",
+        params.KMeansParams,
+        *_VGSE,
+    ),
+    Method(
+        "backbone",
+        "embedding",
+        "Mean patch feature of each class (the paper's ResNet baseline).",
+        "models.embedding.baselines:BackboneEmbedding",
+        params.Params,
+        *_VGSE,
+    ),
+    Method(
+        "smo",
+        "relation",
+        "Similarity matrix optimisation: unseen as a bounded combination of seen classes.",
+        "models.embedding.relations:similarity_matrix_optimization",
+        params.RelationParams,
+        *_VGSE,
+    ),
+    Method(
+        "wavg",
+        "relation",
+        "Weighted average of the nearest seen classes.",
+        "models.embedding.relations:weighted_average",
+        params.RelationParams,
+        *_VGSE,
+    ),
+    Method(
+        "auto",
+        "relation",
+        "Chooses relation and form on validation classes.",
+        "models.embedding.selection:select_relation",
+        params.RelationParams,
+        *_VGSE,
+    ),
+    Method(
+        "sje",
+        "classifier",
+        "Bilinear compatibility learned by SGD.",
+        "models.zero_shot.sje:SJE",
+        params.SJEParams,
+        "Evaluation of Output Embeddings for Fine-Grained Image Classification (CVPR 2015)",
+        "https://arxiv.org/abs/1409.8403",
+    ),
+    Method(
+        "eszsl",
+        "classifier",
+        "Bilinear compatibility in closed form.",
+        "models.zero_shot.eszsl:ESZSL",
+        params.ESZSLParams,
+        "An embarrassingly simple approach to zero-shot learning (ICML 2015)",
+        "https://proceedings.mlr.press/v37/romera-paredes15.html",
+    ),
+)
+
+
+def get_method(name: str, kind: Kind) -> Method:
+    """The catalog row of `name`; UnknownName (with the nearest) if there is none of that kind."""
+    for method in METHODS:
+        if method.name == name and method.kind == kind:
+            return method
+    raise UnknownName(f"{kind} method", name, [m.name for m in METHODS if m.kind == kind], field="method")
