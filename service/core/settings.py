@@ -1,0 +1,83 @@
+"""Every setting, read from the environment (`UNSEEN_…`) in this one place."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One row a setting: name, default, one sentence. `docs/configuration.md` is generated from this class."""
+
+    model_config = SettingsConfigDict(env_prefix="UNSEEN_", extra="ignore")
+
+    data_dir: Path = Field(Path("data"), description="Folder of everything the embedded default keeps.")
+    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in the data directory.")
+    redis_url: str = Field("", description="Redis or Valkey URL; empty: the embedded server's unix socket.")
+    store_url: str = Field("", description="fsspec URL of the artifact store; empty: a folder in the data directory.")
+    weights_dir: Path | None = Field(None, description="Folder whose .pth/.safetensors files requests may name.")
+    host: str = Field("127.0.0.1", description="Address the API listens on; others than loopback need API keys.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
+    api_keys: str = Field(
+        "", description="Comma-separated name:sha256-of-key:scopes, scopes joined by + (read, write, admin)."
+    )
+    inference_url: str = Field(
+        "", description="http:// or unix:// address of the inference process; empty: embedded socket."
+    )
+    device: str = Field("auto", description="Device of workers and inference: auto, cpu, cuda or cuda:N.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of one worker; 0: all cores.")
+    queue: str = Field("unseen", pattern=r"^[a-z0-9_-]{1,64}$", description="Queue that jobs go to and workers read.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message logged.")
+
+    max_image_bytes: int = Field(32 * 2**20, ge=1, description="Largest single image file, in bytes.")
+    max_image_pixels: int = Field(64_000_000, ge=1, description="Most pixels of one image.")
+    max_body_bytes: int = Field(512 * 2**20, ge=1, description="Largest multipart body of one request.")
+    max_json_bytes: int = Field(64 * 2**20, ge=1, description="Largest JSON body of one request.")
+    max_archive_bytes: int = Field(20 * 2**30, ge=1, description="Largest uploaded archive, feature or knowledge file.")
+    max_archive_entries: int = Field(1_000_000, ge=1, description="Most entries of one archive.")
+    max_files_per_request: int = Field(1000, ge=1, description="Most images in one upload request.")
+    max_classes: int = Field(100_000, ge=1, description="Most class names of one request.")
+    max_vector_dim: int = Field(65_536, ge=1, description="Most dimensions of a knowledge vector.")
+    max_classify_images: int = Field(64, ge=1, description="Most images of one synchronous classify request.")
+    request_timeout_s: float = Field(120.0, gt=0, description="Longest a request's body may take to arrive.")
+    inference_timeout_s: float = Field(60.0, gt=0, description="Longest the API waits for the inference process.")
+    max_attempts: int = Field(3, ge=1, le=100, description="Times a job is tried before it fails for good.")
+    heartbeat_s: float = Field(3.0, gt=0, description="Interval between signs of life of workers and jobs.")
+    lost_after_s: float = Field(15.0, gt=0, description="Silence after which a worker or job counts as lost.")
+    reconcile_s: float = Field(3.0, gt=0, description="Interval of the reconciler that re-queues lost jobs.")
+    cancel_kill_s: float = Field(8.0, gt=0, description="Time a running job has to heed a cancel before it is killed.")
+    idempotency_ttl_s: float = Field(86_400.0, gt=0, description="How long an Idempotency-Key is remembered.")
+
+    @cached_property
+    def resolved_database_url(self) -> str:
+        """The database URL with the default filled in."""
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'unseen.db'}"
+
+    @cached_property
+    def resolved_redis_url(self) -> str:
+        """The Redis URL with the embedded server's socket filled in."""
+        return self.redis_url or f"unix://{self.run_dir / 'valkey.sock'}"
+
+    @cached_property
+    def resolved_store_url(self) -> str:
+        """The artifact store's URL with the default filled in."""
+        return self.store_url or str(self.data_dir.resolve() / "artifacts")
+
+    @cached_property
+    def resolved_inference_url(self) -> str:
+        """The inference process's address with the embedded socket filled in."""
+        return self.inference_url or f"unix://{self.run_dir / 'inference.sock'}"
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """Where sockets lie."""
+        return self.data_dir.resolve() / "run"
+
+    @cached_property
+    def scratch_dir(self) -> Path:
+        """Where unfinished uploads and job files lie; nothing here is ever published."""
+        return self.data_dir.resolve() / "scratch"
