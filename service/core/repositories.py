@@ -1,0 +1,269 @@
+"""All SQL of the resources. Functions take a Session and never commit: the caller's transaction does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from service.core.errors import Conflict, NotFound
+from service.core.tables import (
+    Base,
+    CachedArtifact,
+    Classifier,
+    Dataset,
+    EmbeddingClass,
+    EmbeddingSet,
+    FeatureRows,
+    Image,
+    Job,
+    Knowledge,
+    Worker,
+)
+
+Row = TypeVar("Row", bound=Base)
+_CHUNK = 500  # bound variables of one statement stay below every database's limit
+
+NAMES: dict[type[Base], str] = {
+    Dataset: "dataset",
+    Knowledge: "knowledge source",
+    EmbeddingSet: "embedding set",
+    Classifier: "classifier",
+    Job: "job",
+    Image: "image",
+}
+
+
+def get(session: Session, table: type[Row], row_id: str) -> Row:
+    """The row, or NotFound naming kind and id."""
+    row = session.get(table, row_id)
+    if row is None:
+        raise NotFound(f"There is no {NAMES[table]} {row_id!r}. List the existing ones with GET.")
+    return row
+
+
+def page(
+    session: Session, table: type[Row], *, limit: int, cursor: str | None, where: Sequence[ColumnElement[bool]] = ()
+) -> tuple[list[Row], bool]:
+    """Newest first, starting after the id `cursor`; and whether more follow."""
+    key: Any = table.__table__.c["id"]
+    query = select(table).where(*where).order_by(key.desc()).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(key < cursor)
+    rows = list(session.scalars(query))
+    return rows[:limit], len(rows) > limit
+
+
+def chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:
+    """`values` in pieces that fit into one statement's variables."""
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK]
+
+
+# ---- datasets ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """How many images of a class are accepted, and how many of them are fixed as train or test."""
+
+    class_name: str
+    n_images: int
+    n_train: int
+    n_test: int
+
+
+def class_counts(session: Session, dataset_id: str) -> list[ClassCount]:
+    """Per class, by name."""
+    query = (
+        select(
+            Image.class_name,
+            func.count(),
+            func.count().filter(Image.split == "train"),
+            func.count().filter(Image.split == "test"),
+        )
+        .where(Image.dataset_id == dataset_id)
+        .group_by(Image.class_name)
+        .order_by(Image.class_name)
+    )
+    return [ClassCount(*row) for row in session.execute(query)]
+
+
+def count_images(session: Session, dataset_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """dataset id -> (images, classes)."""
+    query = (
+        select(Image.dataset_id, func.count(), func.count(Image.class_name.distinct()))
+        .where(Image.dataset_id.in_(dataset_ids))
+        .group_by(Image.dataset_id)
+    )
+    return {dataset_id: (images, classes) for dataset_id, images, classes in session.execute(query)}
+
+
+def images_of(session: Session, dataset_id: str, class_names: Sequence[str] | None = None) -> list[Image]:
+    """All images of a dataset (or of some classes), in a stable order: class, then content."""
+    query = select(Image).where(Image.dataset_id == dataset_id)
+    if class_names is None:
+        rows = list(session.scalars(query))
+    else:
+        rows = [
+            row
+            for part in chunks(list(class_names))
+            for row in session.scalars(query.where(Image.class_name.in_(part)))
+        ]
+    return sorted(rows, key=lambda row: (row.class_name, row.sha256))
+
+
+def images_by_content(session: Session, dataset_id: str, sha256s: Sequence[str]) -> dict[str, Image]:
+    """sha256 -> image, for those the dataset already holds."""
+    query = select(Image).where(Image.dataset_id == dataset_id)
+    return {
+        row.sha256: row
+        for part in chunks(list(sha256s))
+        for row in session.scalars(query.where(Image.sha256.in_(part)))
+    }
+
+
+def delete_dataset(session: Session, dataset_id: str) -> None:
+    """Deletes a dataset; Conflict while an embedding set, a classifier or an unfinished job uses it."""
+    dataset = get(session, Dataset, dataset_id)
+    users = [
+        *session.scalars(select(EmbeddingSet.id).where(EmbeddingSet.dataset_id == dataset_id).limit(3)),
+        *session.scalars(select(Classifier.id).where(Classifier.dataset_id == dataset_id).limit(3)),
+        *active_jobs_of(session, dataset_id),
+    ]
+    _refuse_if_used("dataset", dataset_id, users)
+    session.delete(dataset)
+
+
+# ---- knowledge, embedding sets, classifiers ---------------------------------------------------
+
+
+def delete_knowledge(session: Session, knowledge_id: str) -> None:
+    """Deletes a knowledge source; Conflict while something uses it."""
+    knowledge = get(session, Knowledge, knowledge_id)
+    users = [
+        *session.scalars(select(EmbeddingSet.id).where(EmbeddingSet.knowledge_id == knowledge_id).limit(3)),
+        *session.scalars(select(Classifier.id).where(Classifier.knowledge_id == knowledge_id).limit(3)),
+        *active_jobs_of(session, knowledge_id),
+    ]
+    _refuse_if_used("knowledge source", knowledge_id, users)
+    session.delete(knowledge)
+
+
+def delete_embedding_set(session: Session, set_id: str) -> None:
+    """Deletes an embedding set and its classes; Conflict while something uses it."""
+    row = get(session, EmbeddingSet, set_id)
+    users = [
+        *session.scalars(select(Classifier.id).where(Classifier.embedding_set_id == set_id).limit(3)),
+        *active_jobs_of(session, set_id),
+    ]
+    _refuse_if_used("embedding set", set_id, users)
+    session.delete(row)
+
+
+def delete_classifier(session: Session, classifier_id: str) -> None:
+    """Deletes a classifier; Conflict while its job runs."""
+    row = get(session, Classifier, classifier_id)
+    _refuse_if_used("classifier", classifier_id, active_jobs_of(session, classifier_id))
+    session.delete(row)
+
+
+def active_jobs_of(session: Session, resource_id: str) -> list[str]:
+    """Unfinished jobs that make or fill a resource."""
+    query = select(Job.id).where(Job.resource_id == resource_id, Job.status.in_(("queued", "running", "cancelling")))
+    return list(session.scalars(query.limit(3)))
+
+
+def _refuse_if_used(kind: str, row_id: str, users: Sequence[str]) -> None:
+    if users:
+        raise Conflict(f"The {kind} {row_id!r} is in use by {', '.join(users)}. Delete or cancel those first.")
+
+
+def find_embedding_set(session: Session, id_or_name: str) -> EmbeddingSet:
+    """By id, else the newest ready set of that name."""
+    row = session.get(EmbeddingSet, id_or_name)
+    if row is None:
+        query = select(EmbeddingSet).where(EmbeddingSet.name == id_or_name, EmbeddingSet.status == "ready")
+        row = session.scalars(query.order_by(EmbeddingSet.id.desc()).limit(1)).first()
+    if row is None:
+        raise NotFound(
+            f"There is no embedding set with id or name {id_or_name!r}. List them with GET /v1/embedding-sets."
+        )
+    return row
+
+
+def classes_of(
+    session: Session, set_id: str, *, names: Sequence[str] | None = None, after: int = -1, limit: int | None = None
+) -> list[EmbeddingClass]:
+    """Classes of an embedding set by position: all, those named, or a page after a position."""
+    query = select(EmbeddingClass).where(EmbeddingClass.embedding_set_id == set_id).order_by(EmbeddingClass.position)
+    if names is not None:
+        rows = [
+            row for part in chunks(list(names)) for row in session.scalars(query.where(EmbeddingClass.name.in_(part)))
+        ]
+        return sorted(rows, key=lambda row: row.position)
+    return list(session.scalars(query.where(EmbeddingClass.position > after).limit(limit)))
+
+
+def class_names_of(session: Session, set_id: str) -> list[tuple[str, bool]]:
+    """(name, is_seen) of every class of an embedding set, by position."""
+    query = (
+        select(EmbeddingClass.name, EmbeddingClass.is_seen)
+        .where(EmbeddingClass.embedding_set_id == set_id)
+        .order_by(EmbeddingClass.position)
+    )
+    return [(name, is_seen) for name, is_seen in session.execute(query)]
+
+
+def latest_classifier(session: Session) -> Classifier | None:
+    """The newest ready classifier."""
+    query = select(Classifier).where(Classifier.status == "ready").order_by(Classifier.id.desc())
+    return session.scalars(query.limit(1)).first()
+
+
+def measured_rate(session: Session, backbone: str) -> tuple[str, float] | None:
+    """(embedding set, patches per second) of the newest finished job with this backbone, if one measured it."""
+    query = select(EmbeddingSet).where(EmbeddingSet.status == "ready").order_by(EmbeddingSet.id.desc()).limit(50)
+    for row in session.scalars(query):
+        rate = row.summary.get("patches_per_s")
+        if rate and row.params.get("backbone", {}).get("name") == backbone:
+            return row.id, float(rate)
+    return None
+
+
+# ---- caches -----------------------------------------------------------------------------------
+
+
+def cached_features(session: Session, spec: str, sha256s: Sequence[str]) -> dict[str, FeatureRows]:
+    """sha256 -> where its features of this spec lie, for those that are cached."""
+    query = select(FeatureRows).where(FeatureRows.spec == spec)
+    return {
+        row.sha256: row
+        for part in chunks(list(sha256s))
+        for row in session.scalars(query.where(FeatureRows.sha256.in_(part)))
+    }
+
+
+def put_cached_features(session: Session, rows: Sequence[FeatureRows]) -> None:
+    """Records a shard's rows; those another attempt has recorded meanwhile stay."""
+    present = cached_features(session, rows[0].spec, [row.sha256 for row in rows]) if rows else {}
+    session.add_all(row for row in rows if row.sha256 not in present)
+
+
+def get_cached_artifact(session: Session, key: str) -> CachedArtifact | None:
+    """A derived artifact by the digest of all that determines it."""
+    return session.get(CachedArtifact, key)
+
+
+def put_cached_artifact(session: Session, key: str, artifact: str, summary: dict[str, Any]) -> None:
+    """Records a derived artifact, unless another attempt has."""
+    if session.get(CachedArtifact, key) is None:
+        session.add(CachedArtifact(key=key, artifact=artifact, summary=summary))
+
+
+def live_workers(session: Session, since: Any) -> list[Worker]:
+    """Workers heard of after `since`."""
+    return list(session.scalars(select(Worker).where(Worker.heartbeat_at >= since)))
