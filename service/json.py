@@ -1,0 +1,38 @@
+"""JSON out, fast: orjson, with vectors as float lists or base64 little-endian float32."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from fastapi.responses import Response
+
+Encoding = Literal["float", "base64"]
+
+
+def dumps(value: Any) -> bytes:
+    """Compact JSON; numpy arrays and datetimes included. NaN becomes null."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+
+
+class FastJSON(Response):
+    """A response whose content goes through orjson, unvalidated: for bodies that we build ourselves."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content)
+
+
+def vector_out(raw: bytes, encoding: Encoding) -> Any:
+    """A stored vector (little-endian float32 bytes) as a float array or as base64 text."""
+    if encoding == "base64":
+        return base64.b64encode(raw).decode("ascii")
+    return np.frombuffer(raw, dtype="<f4")
+
+
+def vector_bytes(vector: Any) -> bytes:
+    """A vector as stored: little-endian float32."""
+    return np.ascontiguousarray(vector, dtype="<f4").tobytes()

@@ -1,0 +1,104 @@
+"""What every request passes through: request id, authentication, body limits with a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.auth import Authenticator
+from service.core.errors import Invalid, ServiceError, TooLarge
+from service.core.settings import Settings
+from service.problems import problem_response
+
+log = structlog.get_logger("unseen.access")
+_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+_LARGE_UPLOADS = ("/archive", "/features", "/v1/knowledge")
+
+
+class Gate:
+    """The outermost ASGI layer. Sets `scope['state']['caller']`, echoes X-Request-Id, enforces limits."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, authenticator: Authenticator) -> None:
+        self.app = app
+        self.settings = settings
+        self.authenticator = authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = headers.get(b"x-request-id", "")
+        if not _REQUEST_ID.match(request_id):
+            request_id = secrets.token_hex(8)
+        started = time.perf_counter()
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            caller = self.authenticator.check(
+                scope["method"], scope["path"], headers.get(b"authorization"), headers.get(b"x-api-key")
+            )
+            scope.setdefault("state", {})["caller"] = caller
+            limit = self.limit_of(scope["path"], headers.get(b"content-type", ""))
+            declared = headers.get(b"content-length", "")
+            if declared.isdigit() and int(declared) > limit:
+                raise TooLarge(_too_large(int(declared), limit))
+            await self.app(scope, self.limited(receive, limit), send_with_id)
+        except ServiceError as error:
+            await problem_response(error, scope["path"])(scope, receive, send_with_id)
+        finally:
+            took_ms = round(1000 * (time.perf_counter() - started), 1)
+            log.debug("request", method=scope["method"], path=scope["path"], status=status, ms=took_ms, id=request_id)
+
+    def limit_of(self, path: str, content_type: str) -> int:
+        """The most bytes a body of this route and type may have."""
+        if path.endswith(_LARGE_UPLOADS) and not content_type.startswith("application/json"):
+            return self.settings.max_archive_bytes
+        if content_type.startswith("multipart/"):
+            return self.settings.max_body_bytes
+        if content_type.startswith(("image/", "application/octet-stream")):
+            return self.settings.max_image_bytes
+        return self.settings.max_json_bytes
+
+    def limited(self, receive: Receive, limit: int) -> Receive:
+        """`receive` that refuses bodies past `limit` bytes and senders that stall."""
+        total = 0
+        finished = False
+
+        async def limited_receive() -> Message:
+            nonlocal total, finished
+            if finished:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self.settings.request_timeout_s)
+            except TimeoutError:
+                raise Invalid(
+                    f"No data arrived for {self.settings.request_timeout_s:g} s; send the body without long pauses."
+                ) from None
+            if message["type"] == "http.request":
+                total += len(message.get("body", b""))
+                finished = not message.get("more_body", False)
+                if total > limit:
+                    raise TooLarge(_too_large(total, limit))
+            return message
+
+        return limited_receive
+
+
+def _too_large(size: int, limit: int) -> str:
+    return (
+        f"The body has {size:,} bytes or more; this route takes at most {limit:,}. "
+        "Send fewer files a request, or an archive."
+    )
