@@ -9,7 +9,8 @@ ServiceError
 ├── Unauthorized           no valid API key
 ├── Forbidden              the key lacks the scope
 ├── RateLimited            too many requests for this key
-└── Unavailable            Redis, database, store or inference process cannot answer now; try again
+├── Unavailable            Redis, database, store or inference process cannot answer now; try again
+└── WorkerLost             a job's worker died every time it was tried
 
 `models.errors` map onto the same statuses (see `problem_of`), so workers and routes tell one story.
 """
@@ -99,6 +100,12 @@ class Unavailable(ServiceError):
     status, title, slug = 503, "Temporarily unavailable", "unavailable"
 
 
+class WorkerLost(ServiceError):
+    """A job's worker died every time it was tried."""
+
+    status, title, slug = 500, "Worker lost", "worker-lost"
+
+
 ERRORS: tuple[type[ServiceError], ...] = (
     NotFound,
     Conflict,
@@ -109,6 +116,7 @@ ERRORS: tuple[type[ServiceError], ...] = (
     Forbidden,
     RateLimited,
     Unavailable,
+    WorkerLost,
 )
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_MAX_SOCKET_PATH = 100  # Linux allows 108 bytes with the final zero; some systems 104
 
 
 class Settings(BaseSettings):
@@ -74,10 +80,31 @@ class Settings(BaseSettings):
 
     @cached_property
     def run_dir(self) -> Path:
-        """Where sockets lie."""
-        return self.data_dir.resolve() / "run"
+        """Where sockets lie: in the data directory, or, as a socket's path must be short, under the system's temp."""
+        inside = self.data_dir.resolve() / "run"
+        if len(str(inside)) + len("/inference.sock") <= _MAX_SOCKET_PATH:
+            return inside
+        digest = hashlib.sha256(str(self.data_dir.resolve()).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"unseen-{os.getuid()}-{digest}"
 
     @cached_property
     def scratch_dir(self) -> Path:
         """Where unfinished uploads and job files lie; nothing here is ever published."""
         return self.data_dir.resolve() / "scratch"
+
+    def make_dirs(self) -> None:
+        """Creates the data, run and scratch directories; only this user may enter the one with the sockets."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.scratch_dir.mkdir(exist_ok=True)
+        self.run_dir.mkdir(mode=0o700, exist_ok=True)
+        owner = self.run_dir.lstat()
+        if owner.st_uid != os.getuid() or not stat.S_ISDIR(owner.st_mode):
+            raise PermissionError(
+                f"{self.run_dir} belongs to somebody else; remove it or choose another UNSEEN_DATA_DIR."
+            )
+        self.run_dir.chmod(0o700)
+
+    def to_environment(self) -> dict[str, str]:
+        """The settings that differ from their defaults as `UNSEEN_…` variables, for child processes."""
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return {f"UNSEEN_{name.upper()}": str(value) for name, value in changed.items() if value is not None}

@@ -1,0 +1,70 @@
+"""Live events of jobs: one Redis stream a job. Losing Redis loses liveliness only; the state is in the database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from redis import Redis, RedisError
+
+from service.core.logging import get_logger
+
+MAX_EVENTS = 1000
+EXPIRY_S = 86_400
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event; `id` is what a client hands back as `Last-Event-ID`."""
+
+    id: str
+    event: str  # status | progress
+    data: dict[str, Any]
+
+
+def key(job_id: str) -> str:
+    """The name of the job's stream."""
+    return f"unseen:events:{job_id}"
+
+
+def publish(redis: Redis, job_id: str, event: str, data: dict[str, Any]) -> str | None:
+    """Appends an event and returns its id; None if Redis cannot take it."""
+    try:
+        with redis.pipeline(transaction=False) as pipeline:
+            fields: dict[Any, Any] = {"event": event, "data": orjson.dumps(data)}
+            pipeline.xadd(key(job_id), fields, maxlen=MAX_EVENTS, approximate=True)
+            pipeline.expire(key(job_id), EXPIRY_S)
+            event_id = pipeline.execute()[0]
+    except RedisError as error:
+        _log.debug("event_lost", job_id=job_id, event_type=event, error=type(error).__name__)
+        return None
+    return str(event_id.decode() if isinstance(event_id, bytes) else event_id)
+
+
+def read(redis: Redis, job_id: str, last_id: str = "0-0", block_ms: int = 0, count: int = 100) -> list[Event]:
+    """Events after `last_id` ('0-0': from the start, '$': only new ones), waiting up to `block_ms` for the first.
+
+    `block_ms` must stay below the client's socket timeout (10 s for `queue.connect`). Raises RedisError.
+    """
+    answer = redis.xread({key(job_id): last_id}, count=count, block=block_ms or None)
+    return parse(answer)
+
+
+def last_id(redis: Redis, job_id: str) -> str:
+    """The id of the newest event, '0-0' if there is none. Raises RedisError."""
+    newest: Any = redis.xrevrange(key(job_id), count=1)
+    return str(newest[0][0].decode()) if newest else "0-0"
+
+
+def parse(answer: Any) -> list[Event]:
+    """Events out of an XREAD answer, whether it came from a plain or an asyncio client."""
+    streams = answer.items() if isinstance(answer, dict) else answer or []
+    events = []
+    for _, entries in streams:
+        # RESP3 wraps the entries of a stream once more.
+        for entry in entries[0] if entries and isinstance(entries[0], list) else entries:
+            event_id, fields = entry
+            events.append(Event(event_id.decode(), fields[b"event"].decode(), orjson.loads(fields[b"data"])))
+    return events
