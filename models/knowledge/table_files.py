@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def _read_npy(member: IO[bytes], key: str, n_bytes: int) -> Array:
             if read_header is None:
                 raise ValueError(f"unknown .npy version {version}")
             shape, fortran_order, dtype = read_header(member)
-        except ValueError as error:
+        except (ValueError, TypeError, SyntaxError, TokenError) as error:  # numpy parses the header as Python text
             raise InvalidInput(f"Array {key!r} of the .npz is damaged: {error}.", field=key) from error
         if dtype.hasobject:
             raise InvalidInput(

@@ -28,10 +28,13 @@ _MAX_LINE_BYTES = 8 * 2**20
 _MAX_TOKEN_BYTES = 1000
 _MAX_SKIPPED = 100_000
 _N_EXAMPLES = 10
-_NOT_WORD_VECTORS = (
+_NOT_WORD_VECTORS: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
     (b"PK\x03\x04", "a zip archive: unpack it, or send .npz tables as class_vectors or attributes"),
     (b"\xba\x16\x4f\x2f", "a fastText model (.bin): send the .vec file of the same download"),
-    (b"\x80", "a Python pickle, which is never read: export it as word2vec text or binary"),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a Python pickle, which is never read: export it as word2vec text or binary",
+    ),
     (b"\x89HDF", "an HDF5 file: export it as text"),
     (b"\x93NUMPY", "a bare .npy array: it has no words; send an .npz with class_names and vectors"),
     (b"\xff\xfe", "UTF-16 text: save it as UTF-8"),
@@ -208,12 +211,8 @@ class WordVectorFile:
         numbers: list[bytes] = []
         for line in lines:
             line = line.rstrip(b" \r")
-            # Words may contain spaces (GloVe 840B has '. . .'), so the numbers are counted from the right.
             word, _, rest = line.partition(b" ")
-            if rest.count(b" ") != dim - 1:
-                word, *fields = line.rsplit(b" ", dim)
-                rest = b" ".join(fields) if len(fields) == dim else b""
-            if not word or not rest or b"  " in rest or len(word) > _MAX_TOKEN_BYTES:
+            if not word or not rest or rest.count(b" ") != dim - 1 or b"  " in rest or len(word) > _MAX_TOKEN_BYTES:
                 return self._parse_slowly(lines, first_line)
             words.append(word)
             numbers.append(rest)
@@ -284,9 +283,9 @@ class WordVectorFile:
 
 
 def _looks_textual(data: bytes) -> bool:
-    """Whether what follows the first word is written-out numbers."""
-    after_word = data.lstrip(b"\n")[:4096].partition(b" ")[2][:24]
-    return re.fullmatch(rb"[-+.0-9eEnaifNAIF\s]*", after_word) is not None
+    """Whether what follows the first word is a written-out number, and no control characters come near it."""
+    after_word = data.lstrip(b"\n")[:4096].partition(b" ")[2][:200]
+    return re.match(rb"(\s|[-+.0-9eEnaif]+(\s|$)|$)[^\x00-\x08\x0b\x0c\x0e-\x1f]*$", after_word) is not None
 
 
 def _majority_dim(head: bytes) -> int:
@@ -300,7 +299,7 @@ def _majority_dim(head: bytes) -> int:
 
 def _parse_line(line: bytes, dim: int) -> tuple[str, Vectors] | str:
     """(token, vector), or what is wrong with the line."""
-    fields = line.split()
+    fields = line.split()  # words may contain spaces (GloVe 840B has '. . .'), so the numbers are the last fields
     if len(fields) < dim + 1:
         return f"has {len(fields) - 1} numbers where {dim} are expected"
     token = _decode(b" ".join(fields[:-dim]))

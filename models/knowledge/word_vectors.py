@@ -162,14 +162,16 @@ class _SqliteVocabulary:
             "GROUP BY key ORDER BY min(row) LIMIT 2000"
         )
         bounds = (prefix, prefix + "\U0010ffff", _FREQUENT_ROWS, min_length, max_length)
-        return [str(row[0]) for row in self._connection.execute(query, bounds)]
+        return [str(row[0]) for row in self._rows(query, *bounds)]
 
     def _row(self, query: str, text: str) -> tuple[Any, ...] | None:
+        return next(iter(self._rows(query, text)), None)
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         try:
-            found: tuple[Any, ...] | None = self._connection.execute(query, (text,)).fetchone()
+            return self._connection.execute(query, values).fetchall()
         except UnicodeEncodeError:  # a lone surrogate cannot be in the file either
-            return None
-        return found
+            return []
 
 
 # --- building --------------------------------------------------------------------------------------------------------
