@@ -1,0 +1,227 @@
+"""VGSE patch clustering: visual properties as clusters of patches, and seen-class embeddings from them (Eq. 1-8).
+
+Xu, Xian, Wang, Schiele, Akata: VGSE: Visually-Grounded Semantic Embeddings for Zero-Shot Learning, CVPR 2022,
+https://arxiv.org/abs/2203.10444. What the paper leaves open (loss weights, schedule, neighbours) is in
+`ClusteringParams`; the number of epochs is chosen on validation classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, PatchTable, Progress, ignore_progress
+from models.embedding.checks import check_table, class_numbers, patch_classes
+from models.embedding.epoch_choice import ValidationScorer, best_epoch, unit_knowledge
+from models.embedding.finetune import BackboneRows, TrainableBackbone
+from models.embedding.heads import ClusterHeads, seeded_heads
+from models.embedding.neighbours import NeighbourLists, nearest_neighbours
+from models.embedding.report import ClusterReport, cluster_report
+from models.embedding.rows import CachedRows, FeatureRows, blocks, feature_statistics
+from models.embedding.storage import load_heads, save_heads
+from models.embedding.training import PatchSet, class_means, train_epoch
+from models.errors import InvalidInput, NotFitted, TooFewSamples
+from models.params import ClusteringParams
+
+
+class PatchClustering:
+    """Clusters patches so that neighbours, classes and class knowledge agree; one cluster is one embedding dimension.
+
+    Learned by `fit`: class_embeddings_ (C, E) float32 in the order of `class_names_`; best_epoch_; history_ (one
+    dict an epoch: losses, and `validation` where classes were held out; `stage` tells choosing from fitting);
+    report_; heads_; backbone_ (mode 'finetune' only: the trained copy).
+    """
+
+    class_embeddings_: FloatArray
+    class_names_: tuple[str, ...]
+    best_epoch_: int
+    history_: list[dict[str, Any]]
+    report_: ClusterReport
+    heads_: ClusterHeads
+    backbone_: torch.nn.Module | None
+
+    def __init__(self, params: ClusteringParams, *, seed: int = 0, device: str = "cpu") -> None:
+        self.params = params
+        self.seed = seed
+        self.device = device
+
+    def fit(
+        self,
+        patches: PatchTable,
+        class_knowledge: FloatArray,
+        *,
+        image_features: LabelledFeatures | None = None,
+        validation_classes: Sequence[str] = (),
+        backbone: TrainableBackbone | None = None,
+        on_progress: OnProgress = ignore_progress,
+    ) -> PatchClustering:
+        """Learns from the patches of seen classes.
+
+        class_knowledge: (C, Dw), a row for each of `patches.class_names`. image_features: whole-image features of the
+        same classes, to score validation classes with; default: the mean of each image's patch features.
+        validation_classes: held out to choose the number of epochs; the fit that counts then uses all classes.
+        backbone: needed by mode 'finetune', and only there.
+        Raises TooFewSamples, ShapeMismatch, InvalidInput (NaN), UnknownName (a validation class not in the table).
+        """
+        notes = check_table(patches, class_knowledge, self.params)
+        if (self.params.mode == "finetune") != (backbone is not None):
+            raise InvalidInput("Mode 'finetune' needs a backbone, and mode 'frozen' takes none.", field="mode")
+        centre, spread = feature_statistics(patches.features)
+        neighbours = nearest_neighbours(
+            patches.features, self.params.n_neighbors, device=self.device, on_progress=on_progress
+        )
+        task = _Task(patches, unit_knowledge(class_knowledge), neighbours, centre, spread, backbone)
+        self.history_ = []
+        self.best_epoch_ = self.params.epochs
+        held_out = class_numbers(patches.class_names, validation_classes)
+        if self.params.early_stopping and len(held_out):
+            notes += self._choose_epoch(task, held_out, image_features, on_progress)
+        run = _Run(self, task, np.arange(len(patches.class_names)))
+        total = len(self.history_) + self.best_epoch_
+        for _ in range(self.best_epoch_):
+            self._record("fit", run.epoch(), on_progress, total)
+        means, usage, winners = class_means(run.heads, run.patches)
+        self.class_embeddings_ = means.cpu().numpy()
+        self.class_names_ = tuple(patches.class_names)
+        self.report_ = cluster_report(usage.cpu().numpy(), winners.cpu().numpy(), tuple(notes))
+        self.heads_ = run.heads.eval()
+        self.backbone_ = run.rows.module if isinstance(run.rows, BackboneRows) else None
+        return self
+
+    def assign(self, features: FloatArray) -> FloatArray:
+        """(P, D) patch features -> (P, E) soft assignments, rows summing to one (Eq. 1); block by block.
+
+        After fine-tuning, features must come from `backbone_`.
+        """
+        heads = self._fitted_heads()
+        if features.ndim != 2 or features.shape[1] != len(heads.centre):
+            raise InvalidInput(
+                f"Features have shape {features.shape}, the clusters were learned from (patches, {len(heads.centre)})."
+            )
+        found = np.empty((len(features), heads.clusters.out_features), dtype=np.float32)
+        with torch.inference_mode():
+            for block in blocks(len(features)):
+                rows = torch.from_numpy(np.array(features[block], dtype=np.float32)).to(self.device)
+                found[block] = heads(rows)[1].cpu().numpy()
+        return found
+
+    def save(self, directory: Path) -> None:
+        """Writes heads, feature standardisation and class embeddings (safetensors) and everything else (JSON)."""
+        self._fitted_heads()
+        save_heads(self, directory)
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str = "cpu") -> PatchClustering:
+        """What `save` wrote; `backbone_` comes back as None (its weights: `storage.load_backbone_weights`)."""
+        return load_heads(cls, directory, device)
+
+    def _fitted_heads(self) -> ClusterHeads:
+        if not hasattr(self, "heads_"):
+            raise NotFitted("This PatchClustering is not fitted; call fit or load first.")
+        return self.heads_
+
+    def _choose_epoch(
+        self, task: _Task, held_out: IntArray, image_features: LabelledFeatures | None, on_progress: OnProgress
+    ) -> list[str]:
+        """Trains without the classes `held_out`, watches their zero-shot score, sets `best_epoch_`; returns notes."""
+        train = np.setdiff1d(np.arange(len(task.table.class_names)), held_out)
+        if len(held_out) < 2 or len(train) < 2:
+            return ["The epoch was not chosen: that needs two validation classes and two others."]
+        features, classes = task.images(image_features)
+        scorer = ValidationScorer(features, classes, task.knowledge, train, held_out)
+        run = _Run(self, task, train)
+        epochs: list[int] = []
+        scores: list[float] = []
+        for epoch in range(1, self.params.epochs + 1):
+            losses = run.epoch()
+            accuracy, log_probability = scorer(class_means(run.heads, run.patches)[0].cpu().numpy())
+            epochs.append(epoch)
+            scores.append(log_probability)
+            losses |= {"validation": accuracy, "validation_log_probability": log_probability}
+            self._record("choose", losses, on_progress, 2 * self.params.epochs)
+            self.best_epoch_ = best_epoch(epochs, scores)
+            if epoch - self.best_epoch_ >= self.params.patience:
+                break
+        return []
+
+    def _record(self, stage: str, losses: dict[str, float], on_progress: OnProgress, total: int) -> None:
+        self.history_.append({"stage": stage, **losses})
+        on_progress(Progress("clustering", len(self.history_), total, losses))
+
+
+class _Task:
+    """Everything that both runs (choosing, fitting) start from."""
+
+    def __init__(
+        self,
+        table: PatchTable,
+        knowledge: FloatArray,
+        neighbours: NeighbourLists,
+        centre: FloatArray,
+        spread: FloatArray,
+        backbone: TrainableBackbone | None,
+    ) -> None:
+        self.table, self.knowledge, self.neighbours, self.backbone = table, knowledge, neighbours, backbone
+        self.centre = torch.from_numpy(centre)
+        # a column that never changes must not be divided by (nearly) nothing
+        self.scale = torch.from_numpy(spread).clamp_min(1e-3 * max(float(spread.mean()), 1e-6))
+        self.classes = patch_classes(table)
+
+    def images(self, given: LabelledFeatures | None) -> tuple[FloatArray, IntArray]:
+        """Image features (N, D) and classes (N,), numbered as the table's."""
+        if given is not None:
+            numbers = class_numbers(self.table.class_names, given.class_names)
+            return given.features, numbers[given.labels]
+        numbers, first, count = np.unique(self.table.image_index, return_index=True, return_counts=True)
+        sums = np.add.reduceat(self.table.features, first, axis=0, dtype=np.float32)
+        return sums / count[:, None].astype(np.float32), self.table.labels[numbers]
+
+    def rows(self, keep: IntArray, device: str) -> FeatureRows:
+        if self.backbone is not None:
+            return BackboneRows(self.backbone, keep, device=device)
+        return CachedRows(self.table.features, keep, device=device)
+
+
+class _Run:
+    """Training from fresh heads on the patches of the classes `members` (ascending)."""
+
+    def __init__(self, owner: PatchClustering, task: _Task, members: IntArray) -> None:
+        params, device = owner.params, owner.device
+        keep = np.flatnonzero(np.isin(task.classes, members))
+        if len(keep) < params.n_clusters:
+            raise TooFewSamples(f"{len(keep)} patches cannot fill {params.n_clusters} clusters.")
+        self.params = params
+        self.rows = task.rows(keep, device)
+        self.patches = PatchSet(
+            features=self.rows,
+            classes=_tensor(np.searchsorted(members, task.classes[keep]), device),
+            images=_tensor(np.unique(task.table.image_index[keep], return_inverse=True)[1], device),
+            neighbours=task.neighbours.restricted(_tensor(keep, device)),
+            knowledge=torch.from_numpy(task.knowledge[members]).to(device),
+        )
+        self.heads = seeded_heads(
+            task.centre,
+            task.scale,
+            n_clusters=params.n_clusters,
+            n_classes=len(members),
+            knowledge_dim=task.knowledge.shape[1],
+            head_input=params.head_input,
+            seed=owner.seed,
+        ).to(device)
+        self.generator = torch.Generator().manual_seed(owner.seed)
+        groups: list[dict[str, Any]] = [{"params": list(self.heads.parameters())}]
+        if isinstance(self.rows, BackboneRows):
+            groups.append(self.rows.parameter_group(params.learning_rate))
+        self.optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
+
+    def epoch(self) -> dict[str, float]:
+        return train_epoch(self.heads, self.patches, self.params, self.optimizer, self.generator)
+
+
+def _tensor(numbers: IntArray, device: str) -> Tensor:
+    return torch.from_numpy(np.asarray(numbers, dtype=np.int64)).to(device)
