@@ -41,8 +41,8 @@ class DatasetCreate(Body):
         0.2,
         ge=0,
         le=0.9,
-        description="Share of each seen class's images that training never sees and evaluation uses, chosen by a stable "
-        "hash of their content; images uploaded with an explicit split keep it.",
+        description="Share of each seen class's images that training never sees and evaluation uses, chosen by a "
+        "stable hash of their content; images uploaded with an explicit split keep it.",
     )
 
 
@@ -183,7 +183,6 @@ class Estimate(BaseModel):
     problems: list[dict[str, str]]
     n_images: int
     n_patches: int
-    n_patches_cached: int
     seconds: float | None
     memory_bytes: int
     basis: str = Field(description="Where the estimate of seconds comes from.")
@@ -324,6 +323,7 @@ class JobOut(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    resource: dict[str, str] = Field(description="kind, id, href of what the job makes or fills; known at once.")
     result: dict[str, Any] | None = Field(description="kind, id, href of what the job made, and its report.")
     error: dict[str, Any] | None = Field(description="A problem object, if it failed.")
 

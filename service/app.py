@@ -1,0 +1,82 @@
+"""Builds the API: the only place where its parts are made and wired."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from threading import Event, Thread
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from service import problems
+from service.auth import Authenticator
+from service.core import migrations
+from service.core.artifacts import ArtifactStore
+from service.core.db import Database, make_engine
+from service.core.queue import JobQueue, connect
+from service.core.reconciler import Reconciler
+from service.core.settings import Settings
+from service.deps import Parts
+from service.idempotency import Idempotency
+from service.inference_client import InferenceClient
+from service.middleware import Gate
+from service.routes import classifiers, classify, datasets, embedding_sets, embeddings, jobs, knowledge, system, uploads
+
+DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
+ROUTERS = (datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, jobs, system)
+
+
+def make_parts(settings: Settings) -> Parts:
+    """Connects to database, store, Redis and inference process; nothing is contacted before it is needed."""
+    connection = connect(settings.resolved_redis_url)
+    return Parts(
+        settings=settings,
+        database=Database(make_engine(settings.resolved_database_url)),
+        store=ArtifactStore(settings.resolved_store_url, settings.data_dir.resolve() / "cache"),
+        redis=connection,
+        queue=JobQueue(connection, settings.queue),
+        inference=InferenceClient(settings),
+    )
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The API. Its parts exist while it runs; the reconciler runs beside it."""
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        parts = app.state.parts = make_parts(settings)
+        migrations.upgrade(parts.database.engine)
+        reconciler = Reconciler(parts.database, parts.redis, parts.queue, settings)
+        stop = Event()
+        thread = Thread(target=reconciler.run, args=(stop,), name="reconciler", daemon=True)
+        thread.start()
+        yield
+        stop.set()
+        thread.join(timeout=10)
+        await parts.inference.close()
+        parts.redis.close()
+        parts.database.close()
+
+    app = FastAPI(
+        title="Unseen", description=DESCRIPTION, version=system.package_version(), lifespan=lifespan, redoc_url=None
+    )
+    for module in ROUTERS:
+        app.include_router(module.router)
+    problems.install(app)
+    app.add_middleware(Idempotency, database=lambda: app.state.parts.database)
+    app.add_middleware(Gate, settings=settings, authenticator=Authenticator(settings))
+    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
+    return app
+
+
+def openapi_document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with one error shape everywhere. Made once."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version="v1", description=app.description, routes=app.routes)
+        problems.document(document)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,77 @@
+"""Talks to the inference process over its unix socket (or URL). The API itself never loads torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import orjson
+
+from service.core.errors import ERRORS, Problem, ServiceError, Unavailable
+from service.core.settings import Settings
+from service.json import dumps
+
+_BY_STATUS = {error.status: error for error in ERRORS}
+
+
+class InferenceClient:
+    """One pooled connection to the inference process; every failure becomes an error with a status."""
+
+    def __init__(self, settings: Settings) -> None:
+        url = settings.resolved_inference_url
+        uds = url.removeprefix("unix://") if url.startswith("unix://") else None
+        self._client = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=uds, limits=httpx.Limits(max_connections=256)),
+            base_url="http://inference" if uds else url,
+            timeout=httpx.Timeout(settings.inference_timeout_s, connect=5.0),
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+    async def health(self) -> dict[str, Any]:
+        """The process's own report; Unavailable when it does not answer."""
+        return await self._send("GET", "/health", b"", {})
+
+    async def lookup(self, knowledge_id: str, names: Sequence[str]) -> dict[str, Any]:
+        """How names resolve in a knowledge source: {'resolutions': […]}."""
+        return await self._send("POST", "/lookup", dumps({"knowledge_id": knowledge_id, "names": list(names)}), {})
+
+    async def relate(self, embedding_set_id: str, names: Sequence[str], relation: str | None = None) -> dict[str, Any]:
+        """Vectors of new unseen classes: {'classes': [{'name', 'vector' (base64), 'provenance'}]}."""
+        body = {"embedding_set_id": embedding_set_id, "names": list(names), "relation": relation}
+        return await self._send("POST", "/relate", dumps(body), {})
+
+    async def classify(self, options: dict[str, Any], images: Sequence[bytes]) -> dict[str, Any]:
+        """Predictions. The body is the options (length as 4 bytes, JSON), then the images' bytes, untouched."""
+        header = dumps({**options, "sizes": [len(image) for image in images]})
+        return await self._send("POST", "/classify", b"".join([len(header).to_bytes(4, "little"), header, *images]), {})
+
+    async def _send(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> dict[str, Any]:
+        try:
+            response = await self._client.request(method, path, content=content, headers=headers)
+        except httpx.TimeoutException:
+            raise Unavailable(
+                "The inference process took too long. Send fewer images, or try again.", retry_after_s=5
+            ) from None
+        except httpx.HTTPError:
+            raise Unavailable(
+                "The inference process is not answering; it restarts by itself. Try again.", retry_after_s=3
+            ) from None
+        if response.status_code == 200:
+            answer: dict[str, Any] = orjson.loads(response.content)
+            return answer
+        raise _error_of(response)
+
+
+def _error_of(response: httpx.Response) -> ServiceError:
+    try:
+        body = orjson.loads(response.content)
+        kind = _BY_STATUS.get(response.status_code, Unavailable)
+        problems = [Problem(p["pointer"], p["message"]) for p in body.get("errors", [])]
+        retry = response.headers.get("retry-after")
+        return kind(body["detail"], problems=problems, retry_after_s=int(retry) if retry else None)
+    except (ValueError, KeyError, TypeError):
+        return Unavailable("The inference process gave no usable answer. Try again.", retry_after_s=3)

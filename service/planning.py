@@ -1,0 +1,187 @@
+"""Everything that can be known to be wrong with a request before its job is queued, and what it would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from models.backbone_names import BACKBONE_NAMES
+from models.catalog import get_method
+from models.errors import InvalidInput, UnknownName, nearest_names
+from models.knowledge.names import validate_class_names
+from models.params import BackboneParams, EmbeddingSetParams
+from service.core import repositories
+from service.core.errors import Invalid, Problem, Unavailable
+from service.core.settings import Settings
+from service.core.tables import Dataset
+from service.inference_client import InferenceClient
+from service.schemas import EmbeddingSetCreate
+
+DEFAULT_PATCHES_PER_S = 60.0  # a ResNet-50 on two CPU cores; replaced by a measurement after the first job
+
+
+@dataclass
+class Plan:
+    """Seen and unseen classes as resolved, sizes, and every problem found."""
+
+    seen_classes: tuple[str, ...] = ()
+    unseen_classes: tuple[str, ...] = ()
+    n_images: int = 0
+    n_patches: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, pointer: str, message: str) -> None:
+        """Notes a problem."""
+        self.problems.append(Problem(pointer, message))
+
+    def raise_if_invalid(self) -> None:
+        """Invalid with all problems, if there are any."""
+        if self.problems:
+            first = self.problems[0]
+            more = f" ({len(self.problems) - 1} more in errors)" if len(self.problems) > 1 else ""
+            raise Invalid(first.message + more, problems=self.problems)
+
+
+def dataset_class_sizes(session: Session, dataset: Dataset) -> dict[str, int]:
+    """class name -> images that training may use (test rows fixed by the uploader do not count)."""
+    if dataset.kind == "features":
+        return {name: int(n) for name, n in dataset.summary.get("train_classes", {}).items()}
+    return {c.class_name: c.n_images - c.n_test for c in repositories.class_counts(session, dataset.id)}
+
+
+def plan_classes(
+    plan: Plan, sizes: dict[str, int], seen: Sequence[str] | None, unseen: Sequence[str], limit: int
+) -> None:
+    """Resolves the class lists: valid, disjoint, seen ones present with images, at least two."""
+    for pointer, names in (("/unseen_classes", unseen), ("/seen_classes", seen or ())):
+        try:
+            validate_class_names(names, max_count=limit, field=pointer[1:])
+        except InvalidInput as error:
+            plan.add("/" + (error.field or pointer[1:]), str(error))
+    overlap = sorted(set(seen or ()) & set(unseen))
+    if overlap:
+        plan.add("/unseen_classes", f"Both seen and unseen: {_some(overlap)}. A class is one or the other.")
+    if seen is None:
+        seen = [name for name, n in sizes.items() if n > 0 and name not in set(unseen)]
+    for name in seen:
+        if name not in sizes:
+            near = nearest_names(name, list(sizes))
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            plan.add("/seen_classes", f"The dataset has no class {name!r}.{hint}")
+        elif sizes[name] == 0:
+            plan.add("/seen_classes", f"The class {name!r} has no training images.")
+    if len(seen) < 2:
+        plan.add("/seen_classes", f"At least 2 seen classes with images are needed; there are {len(seen)}.")
+    plan.seen_classes, plan.unseen_classes = tuple(seen), tuple(unseen)
+    plan.n_images = sum(sizes.get(name, 0) for name in seen)
+
+
+def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCreate, settings: Settings) -> Plan:
+    """The whole check of a POST /v1/embedding-sets, but for the knowledge lookup."""
+    plan = Plan()
+    params: EmbeddingSetParams = body.params
+    sizes = dataset_class_sizes(session, dataset)
+    plan_classes(plan, sizes, body.seen_classes, body.unseen_classes, settings.max_classes)
+    for pointer, name, kind in (("/method", body.method, "embedding"), ("/relation", body.relation, "relation")):
+        try:
+            get_method(name, kind)  # type: ignore[arg-type]
+        except UnknownName as error:
+            plan.add(pointer, str(error))
+    if dataset.kind == "images":
+        plan_backbone(plan, params.backbone, settings, "/params/backbone")
+    elif body.method == "vgse" and params.clustering.mode == "finetune":
+        plan.add("/params/clustering/mode", "Fine-tuning needs images; this dataset holds features.")
+    per_image = 1 if params.patches.method == "whole" or dataset.kind == "features" else params.patches.n_patches
+    plan.n_patches = plan.n_images * per_image
+    n_clusters = {"vgse": params.clustering.n_clusters, "kmeans": params.kmeans.n_clusters}.get(body.method, 1)
+    if plan.n_images and plan.n_patches < n_clusters:
+        section = "clustering" if body.method == "vgse" else "kmeans"
+        plan.add(
+            f"/params/{section}/n_clusters",
+            f"{n_clusters} clusters need at least as many patches; {plan.n_images} images give about {plan.n_patches}. "
+            "Lower n_clusters or add images.",
+        )
+    plan_validation(plan, params.validation_classes, "/params/validation_classes")
+    return plan
+
+
+def plan_validation(plan: Plan, validation: Sequence[str] | None, pointer: str) -> None:
+    """Validation classes lie inside the seen ones and leave at least two."""
+    outside = sorted(set(validation or ()) - set(plan.seen_classes))
+    if outside:
+        plan.add(pointer, f"Validation classes must be seen classes; these are not: {_some(outside)}.")
+    elif validation and len(plan.seen_classes) - len(set(validation)) < 2:
+        plan.add(pointer, "Validation classes must leave at least 2 seen classes to train on.")
+
+
+def plan_backbone(plan: Plan, backbone: BackboneParams, settings: Settings, pointer: str) -> None:
+    """The network exists, and its weights can be had."""
+    if backbone.name not in BACKBONE_NAMES:
+        plan.add(f"{pointer}/name", str(UnknownName("backbone", backbone.name, BACKBONE_NAMES)))
+    if backbone.weights == "scratch" and backbone.name != "small_cnn":
+        plan.add(f"{pointer}/weights", "Only 'small_cnn' is trained from scratch; give another network weights.")
+    elif backbone.weights == "imagenet" and backbone.name == "small_cnn":
+        plan.add(f"{pointer}/weights", "'small_cnn' has no ImageNet weights; use 'scratch'.")
+    elif backbone.weights not in ("imagenet", "scratch", "random"):
+        problem = _weights_problem(backbone.weights, settings)
+        if problem:
+            plan.add(f"{pointer}/weights", problem)
+
+
+def _weights_problem(name: str, settings: Settings) -> str | None:
+    if PurePosixPath(name).name != name or name.startswith("."):
+        return f"{name!r} is no plain file name; weights are named, not addressed by path."
+    if settings.weights_dir is None:
+        return f"{name!r} is no known choice (imagenet, scratch, random), and the server has no UNSEEN_WEIGHTS_DIR."
+    if not name.endswith((".pth", ".safetensors")):
+        return f"{name!r} is neither .pth nor .safetensors."
+    present = sorted(path.name for path in settings.weights_dir.glob("*"))
+    if name not in present:
+        return str(UnknownName("weights file", name, present))
+    return None
+
+
+def estimate(session: Session, plan: Plan, params: EmbeddingSetParams) -> dict[str, Any]:
+    """Patches, seconds and memory of an embedding job; the rate comes from the last job with this backbone."""
+    measured = repositories.measured_rate(session, params.backbone.name)
+    rate = measured[1] if measured else DEFAULT_PATCHES_PER_S
+    where = f"measured by {measured[0]}" if measured else "a guess for two CPU cores; no finished job to go by"
+    return {
+        "valid": not plan.problems,
+        "problems": [{"pointer": p.pointer, "message": p.message} for p in plan.problems],
+        "n_images": plan.n_images,
+        "n_patches": plan.n_patches,
+        "seconds": round(plan.n_patches / rate, 1),
+        # features stay on disk; the heads, a batch and the network are what a worker holds
+        "memory_bytes": 1_500_000_000 + 4 * params.clustering.batch_size * (2048 + 4 * params.clustering.n_clusters),
+        "basis": f"{rate:.0f} patches/s, {where}",
+    }
+
+
+async def check_knowledge(inference: InferenceClient, knowledge_id: str, plan: Plan, *, required: bool) -> None:
+    """Every class must resolve. Unless `required`, goes on without the inference process: the job checks again."""
+    if plan.problems:
+        return
+    try:
+        names = [*plan.seen_classes, *plan.unseen_classes]
+        found = (await inference.lookup(knowledge_id, names))["resolutions"]
+    except Unavailable:
+        if required:
+            raise
+        return
+    unseen = set(plan.unseen_classes)
+    for entry in found:
+        if not entry["found"]:
+            where = "/unseen_classes" if entry["name"] in unseen else "/seen_classes"
+            near = entry["suggestions"][:3]
+            hint = f" Near entries: {', '.join(map(repr, near))}." if near else ""
+            plan.add(where, f"The knowledge source has no vector for {entry['name']!r}.{hint}")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,168 @@
+"""Zero-shot classifiers: train, describe, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from models.catalog import get_method
+from models.errors import UnknownName, nearest_names
+from service.core import jobs, repositories
+from service.core.errors import Conflict, NotFound
+from service.core.ids import new_id
+from service.core.tables import Classifier, Dataset, EmbeddingSet
+from service.deps import Cursor, Limit, Parts, PartsDep, decode_cursor, page_out
+from service.json import FastJSON
+from service.planning import Plan, check_knowledge, dataset_class_sizes, plan_backbone, plan_classes, plan_validation
+from service.problems import documented, pointer_of
+from service.routes.embedding_sets import require_ready
+from service.routes.knowledge import ready_knowledge
+from service.schemas import ClassifierCreate, ClassifierOut, JobOut, Page
+from service.submit import JOB_HEADERS, submit
+
+router = APIRouter(prefix="/v1/classifiers", tags=["classifiers"])
+FIELDS = (
+    "id",
+    "name",
+    "dataset_id",
+    "embedding_set_id",
+    "knowledge_id",
+    "method",
+    "params",
+    "status",
+    "metrics",
+    "job_id",
+    "created_at",
+)
+
+
+def classifier_out(row: Classifier) -> dict[str, Any]:
+    """A classifier as the contract shows it."""
+    return {name: getattr(row, name) for name in FIELDS}
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=JobOut,
+    responses={202: {"headers": JOB_HEADERS}, **documented(NotFound, Conflict)},
+)
+async def create_classifier(body: ClassifierCreate, parts: PartsDep) -> Response:
+    """Trains a classifier in a job; its metrics come with the classifier."""
+    if body.knowledge_id is not None:
+        await run_in_threadpool(ready_knowledge, parts, body.knowledge_id)
+    plan, params = await run_in_threadpool(_plan, parts, body)
+    if body.knowledge_id is not None:
+        await check_knowledge(parts.inference, body.knowledge_id, plan, required=False)
+    plan.raise_if_invalid()
+    return await run_in_threadpool(_create, parts, body, plan, params)
+
+
+def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
+    plan = Plan()
+    params = _plan_method(plan, body)
+    if (body.embedding_set_id is None) == (body.knowledge_id is None):
+        plan.add("/embedding_set_id", "Give either embedding_set_id or knowledge_id, and not both.")
+        return plan, params
+    with parts.database.read() as session:
+        dataset = repositories.get(session, Dataset, body.dataset_id)
+        sizes = dataset_class_sizes(session, dataset)
+        seen, unseen = body.seen_classes, body.unseen_classes
+        if body.embedding_set_id is not None:
+            row = require_ready(session, repositories.get(session, EmbeddingSet, body.embedding_set_id))
+            seen, unseen = _classes_from_set(plan, session, row, seen, unseen)
+        plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes)
+        if dataset.kind == "images" and body.backbone is not None:
+            plan_backbone(plan, body.backbone, parts.settings, "/backbone")
+        elif dataset.kind == "images" and body.embedding_set_id is None:
+            plan.add("/backbone", "With knowledge_id, say which network makes the image features: 'backbone'.")
+    plan_validation(plan, body.validation_classes, "/validation_classes")
+    return plan, params
+
+
+def _plan_method(plan: Plan, body: ClassifierCreate) -> dict[str, Any]:
+    try:
+        method = get_method(body.method, "classifier")
+        return method.params.model_validate(body.params).model_dump(mode="json")
+    except UnknownName as error:
+        plan.add("/method", str(error))
+    except ValidationError as error:
+        valid = list(method.params.model_fields)
+        for entry in error.errors()[:100]:
+            near = nearest_names(str(entry["loc"][-1]), valid) if entry["type"] == "extra_forbidden" else []
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            plan.add("/params" + pointer_of(tuple(entry["loc"])), f"{entry['msg']}.{hint}")
+    return {}
+
+
+def _classes_from_set(
+    plan: Plan, session: Session, row: EmbeddingSet, seen: list[str] | None, unseen: list[str] | None
+) -> tuple[list[str], list[str]]:
+    """Defaults from the embedding set; classes the caller names must be in it."""
+    known = dict(repositories.class_names_of(session, row.id))
+    for pointer, names in (("/seen_classes", seen), ("/unseen_classes", unseen)):
+        for name in names or ():
+            if name not in known:
+                near = nearest_names(name, list(known))
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                plan.add(pointer, f"The embedding set has no class {name!r}.{hint}")
+    if seen is None:
+        seen = [name for name, is_seen in known.items() if is_seen and name not in set(unseen or ())]
+    if unseen is None:
+        unseen = [name for name, is_seen in known.items() if not is_seen]
+    return seen, unseen
+
+
+def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, Any]) -> Response:
+    with parts.database.write() as session:
+        row = Classifier(
+            id=new_id("classifier"),
+            name=body.name or "",
+            dataset_id=body.dataset_id,
+            embedding_set_id=body.embedding_set_id,
+            knowledge_id=body.knowledge_id,
+            method=body.method,
+            params=params,
+            request={
+                "seen_classes": list(plan.seen_classes),
+                "unseen_classes": list(plan.unseen_classes),
+                "validation_classes": body.validation_classes,
+                "backbone": body.backbone.model_dump(mode="json") if body.backbone else None,
+                "image_size": body.image_size,
+                "evaluate": body.evaluate,
+                "seed": body.seed,
+            },
+        )
+        row.name = row.name or row.id
+        session.add(row)
+        session.flush()
+        job = jobs.create_job(session, "train_classifier", row.id, {}, parts.settings.max_attempts)
+        row.job_id = job.id
+    return submit(parts, job)
+
+
+@router.get("", response_model=Page[ClassifierOut])
+def list_classifiers(parts: PartsDep, limit: Limit = 20, cursor: Cursor = None) -> Response:
+    """Classifiers, newest first."""
+    with parts.database.read() as session:
+        rows, more = repositories.page(session, Classifier, limit=limit, cursor=decode_cursor(cursor))
+    return FastJSON(page_out([classifier_out(row) for row in rows], more, lambda: rows[-1].id))
+
+
+@router.get("/{classifier_id}", response_model=ClassifierOut, responses=documented(NotFound))
+def get_classifier(classifier_id: str, parts: PartsDep) -> Response:
+    """One classifier with its metrics."""
+    with parts.database.read() as session:
+        return FastJSON(classifier_out(repositories.get(session, Classifier, classifier_id)))
+
+
+@router.delete("/{classifier_id}", status_code=204, responses=documented(NotFound, Conflict))
+def delete_classifier(classifier_id: str, parts: PartsDep) -> Response:
+    """Deletes a classifier."""
+    with parts.database.write() as session:
+        repositories.delete_classifier(session, classifier_id)
+    return Response(status_code=204)
