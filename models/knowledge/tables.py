@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ _ARRAYS_FILE = "class_table.safetensors"
 _NAMES_FILE = "class_table.json"
 _FORMAT = "unseen class table 1"
 _MAX_SUGGESTED_NAMES = 50
+_MAX_COMPARED = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +89,30 @@ class ClassTable:
     def _near(self, name: str) -> tuple[str, ...]:
         """Classes spelled most like `name`, or that share a whole word with it."""
         key = normalize_class_name(strip_index(name))
-        length = len(key)
-        candidates = [k for k in self._row_of if abs(len(k) - length) <= 4]
-        keys = difflib.get_close_matches(key, candidates, n=3, cutoff=0.65)
-        words = set(key.split())
-        keys += [k for k in self._row_of if words & set(k.split())][:3]
+        keys = difflib.get_close_matches(key, self._candidates(key), n=3, cutoff=0.65)
+        for word in key.split():
+            keys += self._keys_with_word.get(word, ())[:3]
         return tuple(dict.fromkeys(self.class_names[self._row_of[k]] for k in keys))[:3]
+
+    def _candidates(self, key: str) -> list[str]:
+        """All classes to compare a misspelled name with; in a large table, its neighbours in the alphabet."""
+        keys = self._sorted_keys
+        if len(keys) > _MAX_COMPARED:
+            middle = bisect.bisect_left(keys, key)
+            keys = keys[max(0, middle - _MAX_COMPARED // 2) : middle + _MAX_COMPARED // 2]
+        return [k for k in keys if abs(len(k) - len(key)) <= 4]
+
+    @cached_property
+    def _sorted_keys(self) -> list[str]:
+        return sorted(self._row_of)
+
+    @cached_property
+    def _keys_with_word(self) -> dict[str, list[str]]:
+        keys: dict[str, list[str]] = {}
+        for key in self._row_of:
+            for word in key.split():
+                keys.setdefault(word, []).append(key)
+        return keys
 
     def save(self, directory: Path | str) -> None:
         """Write `class_table.safetensors` and `class_table.json` into the existing `directory`."""

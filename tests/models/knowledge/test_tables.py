@@ -62,6 +62,13 @@ def test_missing_classes_are_told_with_suggestions() -> None:
         require(lookup)
 
 
+def test_suggestions_are_found_in_a_large_table_too() -> None:
+    names = [f"species {i}" for i in range(5000)]
+    table = class_table("class_vectors", [*names, "zebra"], np.ones((5001, 1)))
+    assert table.lookup(["zebr"]).resolutions[0].suggestions == ("zebra",)
+    assert len(table.lookup([f"spezies {i}" for i in range(60)]).missing) == 60
+
+
 def test_npz_keys_are_read_with_their_attributes(tmp_path: Path) -> None:
     words = np.ones((2, 5), np.float16)
     path = npz(
@@ -71,7 +78,7 @@ def test_npz_keys_are_read_with_their_attributes(tmp_path: Path) -> None:
     assert (table.kind, table.class_names, table.attribute_names) == ("attributes", tuple(NAMES), ("big", "fast"))
     np.testing.assert_array_equal(table.vectors, VECTORS.astype(np.float32))
     assert table.attribute_vectors is not None
-    assert (table.attribute_vectors.shape, table.attribute_vectors.dtype) == ((2, 5), np.float32)
+    assert (table.attribute_vectors.shape, table.attribute_vectors.dtype) == ((2, 5), np.dtype(np.float32))
 
 
 def test_npz_in_the_manner_of_xlsa17_is_transposed(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_names_are_encoded_as_readable_sentences() -> None:
     encoder = TextEncoder("fake", "a drawing of a {}.", encode=fake)
     lookup = encoder.lookup(["grizzly_bear", "002.Laysan_Albatross"])
     assert fake.batches[-1] == ["a drawing of a grizzly bear.", "a drawing of a Laysan Albatross."]
-    assert (encoder.kind, encoder.dim, lookup.vectors.dtype) == ("text_encoder", 26, np.float32)
+    assert (encoder.kind, encoder.dim, lookup.vectors.dtype) == ("text_encoder", 26, np.dtype(np.float32))
     assert lookup.vectors[0, 25] == 2  # the two z of grizzly
     assert lookup.resolutions[0].how == "encoded: a drawing of a grizzly bear."
 
