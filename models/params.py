@@ -120,11 +120,13 @@ class SJEParams(Params):
         "ce", description="Cross-entropy, the VGSE code's softmax twice, or the original structured hinge."
     )
     epochs: int = Field(100, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
-    batch_size: int = Field(64, ge=1, le=65_536, description="Images a step.")
+    batch_size: int = Field(256, ge=1, le=65_536, description="Images a step.")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size.")
     weight_penalty: float = Field(0.0, ge=0, le=10, description="Weight of ||W||_F in the loss.")
     scale: float = Field(1.0, gt=0, le=1000, description="Multiplies the scores before the softmax (temperature).")
-    normalize: Literal["minmax", "l2", "none"] = Field("minmax", description="Scaling of the image features.")
+    normalize: Literal["centered", "minmax", "l2", "none"] = Field(
+        "minmax", description="Scaling of the image features."
+    )
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes, then refit on all.")
 
 
@@ -133,4 +135,6 @@ class ESZSLParams(Params):
 
     gamma: float | None = Field(None, gt=0, description="Ridge on features; empty: chosen on validation classes.")
     lamda: float | None = Field(None, gt=0, description="Ridge on embeddings; empty: chosen on validation classes.")
-    normalize: Literal["minmax", "l2", "none"] = Field("l2", description="Scaling of the image features.")
+    normalize: Literal["centered", "minmax", "l2", "none"] = Field(
+        "centered", description="Scaling of the image features."
+    )

@@ -1,0 +1,282 @@
+"""How good a zero-shot classifier is: T1, and U, S, H. The only place accuracy is computed; numpy only.
+
+All accuracies are fractions, and the mean over classes of the share of right images in each class, so that a class
+with many photos weighs no more than one with few (Xian et al., "Zero-Shot Learning - A Comprehensive Evaluation of the
+Good, the Bad and the Ugly", https://arxiv.org/abs/1707.00600, section 5.1).
+Letters in trailing comments: N images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.base import FloatArray, IntArray, LabelledFeatures
+from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownName
+
+BoolArray = NDArray[np.bool_]
+
+
+class Scorer(Protocol):
+    """What `evaluate` needs of a classifier."""
+
+    def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+        """Compatibility (n_images, n_classes) of each image with each class; higher is better."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes an evaluation ranks among: names, embeddings (n_classes, embedding_dim), is_seen (n_classes,)."""
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+    is_seen: BoolArray
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.embeddings) == len(self.is_seen):
+            raise ShapeMismatch(
+                f"{len(self.names)} class names, {len(self.embeddings)} embeddings and {len(self.is_seen)} seen marks "
+                "must be equally many."
+            )
+        if len(set(self.names)) != len(self.names):
+            raise InvalidInput("A class name occurs twice in the table of classes; names must differ.")
+
+
+@dataclass(frozen=True)
+class ZSLReport:
+    """Unseen images ranked among unseen classes. `confusion[i][j]`: images of classes[i] called classes[j]."""
+
+    t1: float
+    per_class: dict[str, float]
+    classes: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    without_images: tuple[str, ...]
+    n_images: int
+
+
+@dataclass(frozen=True)
+class GZSLReport:
+    """All images ranked among all classes, `gamma` taken off the seen ones. u, s: unseen, seen; h: harmonic mean."""
+
+    u: float
+    s: float
+    h: float
+    gamma: float
+    per_class: dict[str, float]
+    without_images: tuple[str, ...]
+    n_unseen_images: int
+    n_seen_images: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """One evaluation; a part is None where the test images it needs are missing."""
+
+    zsl: ZSLReport | None
+    gzsl: GZSLReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for JSON."""
+        return _plain(asdict(self))  # type: ignore[no-any-return]
+
+
+def per_class_accuracy(predicted: IntArray, labels: IntArray, classes: Sequence[int] | IntArray) -> FloatArray:
+    """Share of right images of each of `classes`, (n_classes,); NaN for a class without images."""
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    if predicted.shape != labels.shape or predicted.ndim != 1:
+        raise ShapeMismatch(f"predicted {predicted.shape} and labels {labels.shape} must be equally long rows.")
+    accuracy = np.full(len(classes), np.nan)
+    for position, label in enumerate(classes):
+        rows = labels == label
+        if rows.any():
+            accuracy[position] = float(np.mean(predicted[rows] == label))
+    return accuracy
+
+
+def mean_per_class_accuracy(predicted: IntArray, labels: IntArray, classes: Sequence[int] | IntArray) -> float:
+    """Mean over those of `classes` that have images of the share of right ones; images of other classes are ignored.
+
+    Raises TooFewSamples when none of the classes has an image.
+    """
+    accuracy = per_class_accuracy(predicted, labels, classes)
+    if np.isnan(accuracy).all():
+        raise TooFewSamples("None of the classes has a test image, so there is no accuracy. Add test images.")
+    return float(np.nanmean(accuracy))
+
+
+def harmonic_mean(u: float, s: float) -> float:
+    """2us / (u + s), and 0 where both are 0."""
+    return 2 * u * s / (u + s) if u + s > 0 else 0.0
+
+
+def calibrated_stacking(scores: FloatArray, is_seen: BoolArray, gamma: float) -> FloatArray:
+    """`scores` (n_images, n_classes) with `gamma` taken off every seen class (Chao et al. 2016, Eq. 3).
+
+    Training lifts seen classes above unseen ones; gamma, on the scale of the scores, takes that back.
+    """
+    scores, is_seen = np.asarray(scores), np.asarray(is_seen, dtype=bool)
+    if scores.ndim != 2 or is_seen.shape != scores.shape[1:]:
+        raise ShapeMismatch(f"scores {scores.shape} need one seen mark a column, not {is_seen.shape}.")
+    return scores - np.asarray(gamma, scores.dtype) * is_seen
+
+
+def top_k(scores: FloatArray, k: int) -> IntArray:
+    """Columns of the `k` highest scores of each row, best first, (n_images, min(k, n_classes)); ties: lower first."""
+    if k < 1:
+        raise InvalidInput(f"top_k must be at least 1, not {k}.", field="top_k")
+    return np.argsort(-np.asarray(scores), axis=1, kind="stable")[:, :k]
+
+
+def choose_gamma(scores: FloatArray, labels: IntArray, is_seen: BoolArray) -> tuple[float, GZSLReport]:
+    """The gamma with the highest H on these images, and U, S, H there (`per_class` empty).
+
+    Exact, not a grid: an image changes from its best seen to its best unseen class when gamma passes the difference
+    of the two scores, so H only changes at those N differences; the answer is the middle of the best interval between
+    two neighbours (the widest of equals). `labels` index the columns of `scores`.
+    """
+    scores, labels, is_seen = np.asarray(scores, np.float64), np.asarray(labels), np.asarray(is_seen, dtype=bool)
+    of_seen = is_seen[labels]  # (N,)
+    if not of_seen.any() or of_seen.all():
+        raise TooFewSamples("Choosing gamma needs images of at least one seen and one unseen class.")
+    best_seen, seen_score = _best(scores, is_seen)
+    best_unseen, unseen_score = _best(scores, ~is_seen)
+    change = seen_score - unseen_score  # (N,) gamma at which an image goes over to the unseen side
+    weight = _class_weights(labels, of_seen)
+    order = np.argsort(change, kind="stable")
+    gain_u = (weight * (~of_seen & (best_unseen == labels)))[order]
+    loss_s = (weight * (of_seen & (best_seen == labels)))[order]
+    points, first = np.unique(change[order], return_index=True)
+    last = np.append(first[1:], len(order))  # images below the upper end of each interval
+    u = np.append(0.0, np.cumsum(gain_u)[last - 1])
+    s = loss_s.sum() - np.append(0.0, np.cumsum(loss_s)[last - 1])
+    h = np.divide(2 * u * s, u + s, out=np.zeros_like(u), where=u + s > 1e-12)
+    # Interval i lies between points[i - 1] and points[i]; the two outer ones have no end of their own.
+    rounding = 1e-6 * float(np.abs(scores).max())  # of float32 scores; it may not decide
+    margin = max(float(np.ptp(points)) * 0.01, rounding) or 1.0
+    edges = np.concatenate([[points[0] - 2 * margin], points, [points[-1] + 2 * margin]])
+    h[np.diff(edges) <= rounding] = -1
+    best = np.flatnonzero(h >= h.max() - 1e-12)
+    pick = int(best[np.argmax(np.diff(edges)[best])])
+    gamma = float((edges[pick] + edges[pick + 1]) / 2)
+    n_seen = int(of_seen.sum())
+    found = GZSLReport(float(u[pick]), float(s[pick]), float(h[pick]), gamma, {}, (), len(labels) - n_seen, n_seen)
+    return gamma, found
+
+
+def zsl_report(scores: FloatArray, labels: IntArray, names: Sequence[str]) -> ZSLReport:
+    """T1 from `scores` (n_images, n_classes) over the unseen classes alone; `labels` index the columns."""
+    predicted = np.argmax(scores, axis=1)
+    accuracy = per_class_accuracy(predicted, labels, range(len(names)))
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    return ZSLReport(
+        t1=mean_per_class_accuracy(predicted, labels, range(len(names))),
+        per_class=_named(names, accuracy),
+        classes=tuple(names),
+        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
+        without_images=tuple(name for name, a in zip(names, accuracy, strict=True) if np.isnan(a)),
+        n_images=len(labels),
+    )
+
+
+def gzsl_report(
+    scores: FloatArray, labels: IntArray, names: Sequence[str], is_seen: BoolArray, gamma: float
+) -> GZSLReport:
+    """U, S, H from `scores` (n_images, n_classes) over all classes, corrected by `gamma`."""
+    predicted = np.argmax(calibrated_stacking(scores, is_seen, gamma), axis=1)
+    accuracy = per_class_accuracy(predicted, labels, range(len(names)))
+    u = mean_per_class_accuracy(predicted, labels, np.flatnonzero(~is_seen))
+    s = mean_per_class_accuracy(predicted, labels, np.flatnonzero(is_seen))
+    n_seen = int(np.sum(is_seen[labels]))
+    return GZSLReport(
+        u=u,
+        s=s,
+        h=harmonic_mean(u, s),
+        gamma=float(gamma),
+        per_class=_named(names, accuracy),
+        without_images=tuple(name for name, a in zip(names, accuracy, strict=True) if np.isnan(a)),
+        n_unseen_images=len(labels) - n_seen,
+        n_seen_images=n_seen,
+    )
+
+
+def evaluate(
+    model: Scorer,
+    classes: ClassTable,
+    *,
+    test_unseen: LabelledFeatures | None = None,
+    test_seen: LabelledFeatures | None = None,
+    gamma: float = 0.0,
+) -> Report:
+    """T1 where there are unseen test images; U, S, H where there are seen ones too. None of them may be training rows.
+
+    The test images carry their own class names; one that `classes` lacks raises UnknownName, and so does an image
+    of a seen class in `test_unseen` or the other way round (InvalidInput).
+    """
+    unseen = np.flatnonzero(~classes.is_seen)
+    zsl = gzsl = None
+    unseen_rows = _rows(test_unseen, classes, seen=False)
+    seen_rows = _rows(test_seen, classes, seen=True)
+    if unseen_rows is not None:
+        features, labels = unseen_rows
+        scores = model.scores(features, classes.embeddings[unseen])
+        position = np.full(len(classes.names), -1)
+        position[unseen] = np.arange(len(unseen))
+        zsl = zsl_report(scores, position[labels], [classes.names[i] for i in unseen])
+        if seen_rows is not None:
+            both = model.scores(np.concatenate([features, seen_rows[0]]), classes.embeddings)
+            all_labels = np.concatenate([labels, seen_rows[1]])
+            gzsl = gzsl_report(both, all_labels, classes.names, classes.is_seen, gamma)
+    return Report(zsl, gzsl)
+
+
+def _rows(images: LabelledFeatures | None, classes: ClassTable, *, seen: bool) -> tuple[FloatArray, IntArray] | None:
+    """Features and labels into `classes`; None where there are no images."""
+    if images is None or len(images.labels) == 0:
+        return None
+    if len(images.features) != len(images.labels):
+        raise ShapeMismatch(f"{len(images.features)} feature rows but {len(images.labels)} labels.")
+    index = {name: i for i, name in enumerate(classes.names)}
+    used = np.unique(images.labels)
+    column = np.full(len(images.class_names), -1)
+    for label in used:
+        name = images.class_names[label]
+        if name not in index:
+            raise UnknownName("class of test images", name, classes.names, field="class_names")
+        column[label] = index[name]
+        if classes.is_seen[index[name]] != seen:
+            wrong, right = ("unseen", "seen") if seen else ("seen", "unseen")
+            raise InvalidInput(f"Test images of {name!r}, a {wrong} class, were given as images of {right} classes.")
+    return images.features, column[images.labels]
+
+
+def _best(scores: FloatArray, columns: BoolArray) -> tuple[IntArray, FloatArray]:
+    """The best of `columns` for each row, and its score."""
+    which = np.flatnonzero(columns)
+    position = np.argmax(scores[:, which], axis=1)
+    return which[position], scores[np.arange(len(scores)), which[position]]
+
+
+def _class_weights(labels: IntArray, of_seen: BoolArray) -> FloatArray:
+    """(n_images,) weights that sum to 1 over each side, equal over the classes of a side."""
+    counts = np.bincount(labels).astype(np.float64)
+    n_seen, n_unseen = len(np.unique(labels[of_seen])), len(np.unique(labels[~of_seen]))
+    return 1 / (counts[labels] * np.where(of_seen, n_seen, n_unseen))
+
+
+def _named(names: Sequence[str], accuracy: FloatArray) -> dict[str, float]:
+    return {name: float(a) for name, a in zip(names, accuracy, strict=True) if not np.isnan(a)}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

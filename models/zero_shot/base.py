@@ -1,0 +1,345 @@
+"""The contract of every zero-shot classifier, and the choosing on validation classes that all of them share.
+
+`fit` gets training images of seen classes and nothing else, so no test image can leak into it. Some seen classes, the
+validation classes, are treated as if they were unseen: a trial model learns from the other seen classes (less a
+held-out slice of their images), settings are chosen by T1 on the validation images, gamma by H on validation images
+and held-out slice, the temperature by likelihood on both; then the model learns from all seen classes with that choice.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, ignore_progress
+from models.catalog import get_method
+from models.errors import InvalidInput, NotFitted, ShapeMismatch, TooFewSamples
+from models.evaluation import zsl_report
+from models.params import Params
+from models.zero_shot.calibration import Calibration, calibrate
+from models.zero_shot.scaling import FeatureScaling, Scaling, unit_rows
+
+HELD_OUT_SHARE = 0.2
+"""Share of each class's training images that stands in for seen test images while gamma is chosen."""
+
+Setting = dict[str, float]
+Scored = Callable[[], float]
+
+_FORMAT = 1
+_WEIGHTS, _MANIFEST = "model.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Scaled features (n_images, feature_dim) float32, labels into unit `embeddings` (n_classes, embedding_dim)."""
+
+    features: FloatArray
+    labels: IntArray
+    embeddings: FloatArray
+
+    def of(self, classes: IntArray, keep: IntArray | None = None) -> Rows:
+        """The images of `classes` (those also in `keep`, row numbers, if given), relabelled 0, 1, ... in that order."""
+        position = np.full(len(self.embeddings), -1)
+        position[classes] = np.arange(len(classes))
+        rows = np.flatnonzero(position[self.labels] >= 0) if keep is None else keep[position[self.labels[keep]] >= 0]
+        return Rows(self.features[rows], position[self.labels[rows]], self.embeddings[classes])
+
+
+class ZeroShotModel(ABC):
+    """Scores images against any classes that have an embedding, seen or not.
+
+    Learned by `fit`: class_names_ (seen classes, in order), history_ (one dict an epoch), best_epoch_ (None where the
+    method has no epochs), gamma_ (for calibrated stacking, on the scale of the scores), temperature_
+    (softmax(scores / temperature_) is the probability), validation_ (what was chosen, on what, and why).
+    """
+
+    method: ClassVar[str]
+    params_class: ClassVar[type[Params]]
+
+    def __init__(self, params: Params | None = None, *, seed: int = 0, device: str = "cpu") -> None:
+        self.params = params if params is not None else self.params_class()
+        if not isinstance(self.params, self.params_class):
+            raise InvalidInput(
+                f"{type(self).__name__} takes {self.params_class.__name__}, not {type(params).__name__}.",
+                field="params",
+            )
+        self.seed = seed
+        self.device = device
+        self._fitted = False
+
+    # -- what a method writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _learn(
+        self, train: Rows, validation: Rows | None, setting: Setting | None, on_progress: OnProgress
+    ) -> tuple[Setting, list[dict[str, float]]]:
+        """Learn from `train`; return the setting used and the history.
+
+        With `validation` (classes apart from the training ones): choose the setting with the best T1 on it and end
+        in that state. Without: use `setting`, or the defaults where it is None.
+        """
+
+    @abstractmethod
+    def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
+        """Scores (n_images, n_classes) of scaled features and unit embeddings."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, FloatArray]:
+        """The learned arrays."""
+
+    @abstractmethod
+    def _restore(self, state: Mapping[str, FloatArray]) -> None:
+        """Take back what `_state` gave."""
+
+    @abstractmethod
+    def _scaling_kind(self) -> Scaling:
+        """Scaling of the features that the parameters ask for."""
+
+    # -- what callers use ----------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        *,
+        validation_classes: Sequence[str] = (),
+        validation_embeddings: FloatArray | None = None,
+        on_progress: OnProgress = ignore_progress,
+    ) -> Self:
+        """Learn from training images of seen classes; row i of `class_embeddings` belongs to class i of `features`.
+
+        validation_classes: seen classes to choose by, as if they were unseen. None given: defaults, gamma 0.
+        validation_embeddings: (n_validation, embedding_dim), what these classes' embeddings would be without their
+        images (as unseen classes have theirs); left out, their rows of `class_embeddings` stand in.
+        Raises ShapeMismatch, InvalidInput, TooFewSamples; lets `Cancelled` from `on_progress` pass.
+        """
+        self._fitted = False
+        raw, embeddings = _checked(features, class_embeddings)
+        names = features.class_names
+        held_classes = _positions(names, validation_classes)
+        choice_embeddings = embeddings.copy()
+        if validation_embeddings is not None:
+            given = _unit_embeddings(validation_embeddings)
+            if given.shape != (len(held_classes), embeddings.shape[1]):
+                raise ShapeMismatch(
+                    f"validation_embeddings {given.shape} must be {(len(held_classes), embeddings.shape[1])}."
+                )
+            choice_embeddings[held_classes] = given
+        trial = type(self)(self.params, seed=self.seed, device=self.device)
+        setting, history, calibration = trial._choose(
+            raw, features.labels, choice_embeddings, names, held_classes, on_progress
+        )
+        self._scaling = FeatureScaling(self._scaling_kind()).fit(raw)
+        rows = Rows(self._scaling(raw), features.labels, embeddings)
+        used, final = self._learn(rows, None, setting, on_progress)
+        self.class_names_ = tuple(names)
+        self.history_ = history or final
+        self.best_epoch_ = int(used["epoch"]) if "epoch" in used else None
+        # Scores of the final model spread a little more or less than the trial's; gamma and temperature go along.
+        spread = self._spread(rows) / calibration.spread
+        self.gamma_, self.temperature_ = calibration.gamma * spread, calibration.temperature * spread
+        self.validation_ = {**calibration.report, "setting": used}
+        self._dims = (raw.shape[1], embeddings.shape[1])
+        self._fitted = True
+        return self
+
+    def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+        """Compatibility (n_images, n_classes), float32, of raw features with any classes' embeddings; no refit."""
+        if not self._fitted:
+            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
+        features = np.asarray(features)
+        if features.ndim != 2 or features.shape[1] != self._dims[0]:
+            raise ShapeMismatch(f"features {features.shape} must be (n_images, {self._dims[0]}), as in training.")
+        embeddings = _unit_embeddings(class_embeddings)
+        if embeddings.shape[1] != self._dims[1]:
+            raise ShapeMismatch(
+                f"class_embeddings {embeddings.shape} must be (n_classes, {self._dims[1]}), as in training."
+            )
+        return self._compatibility(self._scaling(features), embeddings)
+
+    def save(self, directory: Path) -> None:
+        """Write model.safetensors and manifest.json into `directory`, made if missing."""
+        if not self._fitted:
+            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit before save.")
+        directory.mkdir(parents=True, exist_ok=True)
+        arrays = {**self._state(), **self._scaling.state()}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / _WEIGHTS)
+        manifest = {
+            "format": _FORMAT,
+            "method": self.method,
+            "params": self.params.model_dump(mode="json"),
+            "seed": self.seed,
+            "feature_dim": self._dims[0],
+            "embedding_dim": self._dims[1],
+            "class_names": list(self.class_names_),
+            "gamma": self.gamma_,
+            "temperature": self.temperature_,
+            "best_epoch": self.best_epoch_,
+            "history": self.history_,
+            "validation": self.validation_,
+        }
+        (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), "utf-8")
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str = "cpu") -> Self:
+        """The classifier that was saved in `directory`; InvalidInput where it is none of this class."""
+        manifest = _read_manifest(directory)
+        if manifest["method"] != cls.method:
+            raise InvalidInput(f"The saved classifier is of method {manifest['method']!r}, not {cls.method!r}.")
+        model = cls(cls.params_class.model_validate(manifest["params"]), seed=int(manifest["seed"]), device=device)
+        try:
+            state = load_file(directory / _WEIGHTS)
+            model._scaling = FeatureScaling.restore(model._scaling_kind(), state)
+            model._restore(state)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise InvalidInput(f"{_WEIGHTS} is missing, cut short or of another format: {error}") from error
+        model._dims = (int(manifest["feature_dim"]), int(manifest["embedding_dim"]))
+        model.class_names_ = tuple(manifest["class_names"])
+        model.gamma_, model.temperature_ = float(manifest["gamma"]), float(manifest["temperature"])
+        model.best_epoch_, model.history_ = manifest["best_epoch"], manifest["history"]
+        model.validation_ = manifest["validation"]
+        model._fitted = True
+        return model
+
+    # -- shared work ---------------------------------------------------------------------------------------------------
+
+    def _choose(
+        self,
+        raw: FloatArray,
+        labels: IntArray,
+        embeddings: FloatArray,
+        names: Sequence[str],
+        held_classes: IntArray,
+        on_progress: OnProgress,
+    ) -> tuple[Setting | None, list[dict[str, float]], Calibration]:
+        """As a trial: learn from a part, choose the setting, gamma and temperature on the rest."""
+        kept_classes = np.setdiff1d(np.arange(len(names)), held_classes)
+        if len(kept_classes) < 2:
+            raise TooFewSamples(
+                f"{len(kept_classes)} seen class(es) remain beside {len(held_classes)} for validation; "
+                "at least 2 are needed. Name fewer validation classes or add seen ones."
+            )
+        slice_rows, learn_rows = _held_out_slice(labels, self.seed)
+        scaling = FeatureScaling(self._scaling_kind()).fit(raw[learn_rows[~np.isin(labels[learn_rows], held_classes)]])
+        rows = Rows(scaling(raw), labels, embeddings)
+        train, held = rows.of(kept_classes, learn_rows), rows.of(held_classes)
+        setting, history = self._learn(train, held if len(held_classes) > 1 else None, None, on_progress)
+        seen_slice = rows.of(kept_classes, slice_rows)
+        calibration = calibrate(
+            self._compatibility(
+                np.concatenate([seen_slice.features, held.features]), embeddings[np.r_[kept_classes, held_classes]]
+            ),
+            np.concatenate([seen_slice.labels, held.labels + len(kept_classes)]),
+            n_seen=len(kept_classes),
+            validation_names=[names[i] for i in held_classes],
+            spread=self._spread(train),
+        )
+        return (setting if len(held_classes) > 1 else None), history, calibration
+
+    def _spread(self, rows: Rows) -> float:
+        """How far apart the scores of one image lie: root mean square about the image's mean."""
+        # A few thousand images measure it well; the step keeps every class in.
+        scores = self._compatibility(rows.features[:: max(1, len(rows.features) // 4096)], rows.embeddings)
+        return float(np.sqrt(np.mean((scores - scores.mean(axis=1, keepdims=True)) ** 2))) or 1.0
+
+    def _validation_t1(self, validation: Rows) -> float:
+        """T1 of the present state on validation images among the validation classes."""
+        scores = self._compatibility(validation.features, validation.embeddings)
+        return zsl_report(scores, validation.labels, [str(i) for i in range(len(validation.embeddings))]).t1
+
+
+def create_classifier(name: str, params: Params | None = None, *, seed: int = 0, device: str = "cpu") -> ZeroShotModel:
+    """A classifier of the catalog, not yet fitted; UnknownName where there is none of that name."""
+    return _implementation(name)(params, seed=seed, device=device)
+
+
+def load_classifier(directory: Path, *, device: str = "cpu") -> ZeroShotModel:
+    """The saved classifier in `directory`, of whichever method it is."""
+    return _implementation(_read_manifest(directory)["method"]).load(directory, device=device)
+
+
+def _implementation(name: str) -> type[ZeroShotModel]:
+    module, _, attribute = get_method(name, "classifier").path.partition(":")
+    implementation: type[ZeroShotModel] = getattr(import_module(module), attribute)
+    return implementation
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{_MANIFEST} cannot be read: {error}. Save the classifier again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise InvalidInput(f"{_MANIFEST} is not of format {_FORMAT}. Save the classifier again with this version.")
+    return manifest
+
+
+def _checked(features: LabelledFeatures, class_embeddings: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Float32 features and unit embeddings, or an error that says what does not fit."""
+    raw, labels = np.asarray(features.features, np.float32), features.labels
+    if raw.ndim != 2 or labels.shape != (len(raw),):
+        raise ShapeMismatch(f"features {raw.shape} and labels {labels.shape} must be one row and one label an image.")
+    if len(raw) == 0:
+        raise TooFewSamples("There are no training images. Give images of at least 2 seen classes.")
+    if not np.isfinite(raw).all():
+        raise InvalidInput("The training features hold NaN or infinite values. Remove or repair those rows.")
+    if labels.min() < 0 or labels.max() >= len(features.class_names):
+        raise InvalidInput(
+            f"Labels must lie in 0..{len(features.class_names) - 1}, not {labels.min()}..{labels.max()}."
+        )
+    embeddings = _unit_embeddings(class_embeddings)
+    if len(embeddings) != len(features.class_names):
+        raise ShapeMismatch(f"{len(embeddings)} class embeddings for {len(features.class_names)} seen classes.")
+    empty = np.setdiff1d(np.arange(len(embeddings)), labels)
+    if len(empty):
+        shown = ", ".join(repr(features.class_names[i]) for i in empty[:5])
+        raise TooFewSamples(
+            f"{len(empty)} seen class(es) have no training image: {shown}. Add images or leave them out."
+        )
+    return raw, embeddings
+
+
+def _unit_embeddings(class_embeddings: FloatArray) -> FloatArray:
+    """Float32 rows of unit length: the papers' convention, and it makes seen and unseen scores comparable."""
+    embeddings = np.asarray(class_embeddings, np.float32)
+    if embeddings.ndim != 2 or 0 in embeddings.shape:
+        raise ShapeMismatch(f"class_embeddings must be (n_classes, embedding_dim), not {embeddings.shape}.")
+    length = np.linalg.norm(embeddings, axis=1)
+    bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
+    if len(bad):
+        raise InvalidInput(f"Class embedding {bad[0]} is zero or not finite; so are {len(bad) - 1} more. Repair them.")
+    return unit_rows(embeddings)
+
+
+def _positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:
+    """Index of each of `chosen` in `names`; each must be there, once."""
+    index = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in chosen if name not in index]
+    if unknown:
+        raise InvalidInput(
+            f"Validation class {unknown[0]!r} is none of the seen classes. Choose validation classes among those.",
+            field="validation_classes",
+        )
+    if len(set(chosen)) != len(chosen):
+        raise InvalidInput("A validation class is named twice.", field="validation_classes")
+    return np.array([index[name] for name in chosen], np.int64)
+
+
+def _held_out_slice(labels: IntArray, seed: int) -> tuple[IntArray, IntArray]:
+    """(slice, rest) of row numbers: a seeded fifth of each class with 2 images or more, never all of it."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    taken = []
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        taken.append(rows[: min(len(rows) - 1, max(1, round(HELD_OUT_SHARE * len(rows))))])
+    held = np.sort(np.concatenate(taken))
+    return held, np.setdiff1d(np.arange(len(labels)), held)

@@ -1,0 +1,105 @@
+"""SJE: score(x, y) = (x W + b) . phi(y), learned by gradient descent.
+
+Akata et al., "Evaluation of Output Embeddings for Fine-Grained Image Classification" (CVPR 2015,
+https://arxiv.org/abs/1409.8403), Eq. 1-4, with the losses in use since: the original structured hinge; the
+cross-entropy; and, as in the code of VGSE (CVPR 2022), the cross-entropy of probabilities, that is a second softmax.
+Letters in trailing comments: B images of a step, C classes, D features, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from models.base import FloatArray, OnProgress, Progress
+from models.params import Params, SJEParams
+from models.zero_shot.base import Rows, Setting, ZeroShotModel
+from models.zero_shot.scaling import Scaling
+
+
+class SJE(ZeroShotModel):
+    """Bilinear compatibility. Scores are `scale` x compatibility; after double_softmax training too."""
+
+    method: ClassVar[str] = "sje"
+    params_class: ClassVar[type[Params]] = SJEParams
+    params: SJEParams
+
+    def _learn(
+        self, train: Rows, validation: Rows | None, setting: Setting | None, on_progress: OnProgress
+    ) -> tuple[Setting, list[dict[str, float]]]:
+        params = self.params
+        choose = validation is not None and params.early_stopping
+        epochs = int(setting["epoch"]) if setting is not None else params.epochs
+        generator = torch.Generator().manual_seed(self.seed)
+        features = torch.from_numpy(train.features).to(self.device)
+        labels = torch.from_numpy(train.labels).to(self.device)
+        embeddings = torch.from_numpy(train.embeddings).to(self.device)
+        weight = torch.randn(features.shape[1], embeddings.shape[1], generator=generator) * 0.02  # (D, E)
+        self._weight = weight.to(self.device).requires_grad_()
+        self._bias = torch.zeros(embeddings.shape[1], device=self.device, requires_grad=True)
+        optimizer = torch.optim.Adam([self._weight, self._bias], lr=params.learning_rate, betas=(0.5, 0.999))
+        history: list[dict[str, float]] = []
+        best_t1, best_epoch, best = -1.0, epochs, (self._weight, self._bias)
+        phase = "choosing epoch" if choose else "training"
+        for epoch in range(1, epochs + 1):
+            loss = 0.0
+            order = torch.randperm(len(features), generator=generator).to(self.device)
+            for rows in torch.split(order, params.batch_size):
+                step_loss = self._loss(features[rows], labels[rows], embeddings)
+                optimizer.zero_grad()
+                step_loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                loss += step_loss.item() * len(rows) / len(features)
+            history.append({"epoch": float(epoch), "loss": loss})
+            if choose and validation is not None:
+                t1 = history[-1]["validation_t1"] = self._validation_t1(validation)
+                if t1 > best_t1:
+                    best_t1, best_epoch = t1, epoch
+                    best = (self._weight.detach().clone(), self._bias.detach().clone())
+            on_progress(Progress(phase, epoch, epochs, {k: v for k, v in history[-1].items() if k != "epoch"}))
+        if choose:
+            self._weight, self._bias = best
+        self._weight, self._bias = self._weight.detach(), self._bias.detach()
+        return {"epoch": float(best_epoch)}, history
+
+    def _loss(self, features: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
+        params = self.params
+        scores = params.scale * ((features @ self._weight + self._bias) @ embeddings.T)  # (B, C)
+        loss = compatibility_loss(scores, labels, params.loss)
+        if params.weight_penalty:
+            loss = loss + params.weight_penalty * self._weight.norm()
+        return loss
+
+    def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
+        with torch.no_grad():
+            projected = torch.from_numpy(np.ascontiguousarray(features)).to(self.device) @ self._weight + self._bias
+            scores = self.params.scale * (projected @ torch.from_numpy(embeddings).to(self.device).T)
+        result: FloatArray = scores.cpu().numpy()
+        return result
+
+    def _state(self) -> dict[str, FloatArray]:
+        return {"weight": self._weight.cpu().numpy(), "bias": self._bias.cpu().numpy()}
+
+    def _restore(self, state: Mapping[str, FloatArray]) -> None:
+        self._weight = torch.from_numpy(state["weight"]).to(self.device)
+        self._bias = torch.from_numpy(state["bias"]).to(self.device)
+
+    def _scaling_kind(self) -> Scaling:
+        return self.params.normalize
+
+
+def compatibility_loss(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """Mean loss of `scores` (B, C) for `labels` (B,): 'ce', 'double_softmax' or 'hinge'."""
+    if kind == "hinge":
+        right = scores.gather(1, labels[:, None])
+        margins = scores - right + 1  # (B, C); Delta(y, y') = 1 for every wrong class
+        margins = margins.scatter(1, labels[:, None], 0.0)  # Delta(y, y) = 0, so the maximum is never negative
+        return margins.amax(dim=1).mean()
+    if kind == "double_softmax":
+        scores = scores.softmax(dim=1)
+    return functional.cross_entropy(scores, labels)

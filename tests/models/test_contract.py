@@ -1,0 +1,260 @@
+"""What every classifier of the catalog promises; a new row is tested the moment it is listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.base import LabelledFeatures, Progress
+from models.catalog import METHODS
+from models.errors import Cancelled, InvalidInput, NotFitted, ShapeMismatch, TooFewSamples, UnknownName
+from models.evaluation import ClassTable, evaluate, mean_per_class_accuracy
+from models.params import Params
+from models.zero_shot.base import ZeroShotModel, create_classifier, load_classifier
+from tests.models.zero_shot.made_up import made_up
+
+NAMES = [method.name for method in METHODS if method.kind == "classifier"]
+DATA = made_up()
+VALIDATION = ("class 1", "class 5", "class 9")
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quick(name: str) -> Params:
+    """The method's defaults, with few epochs where it has epochs."""
+    params = next(m.params for m in METHODS if m.name == name and m.kind == "classifier")
+    return params.model_validate(
+        {"epochs": 15, "learning_rate": 0.01, "batch_size": 32} if "epochs" in params.model_fields else {}
+    )
+
+
+@cache
+def fitted(name: str) -> ZeroShotModel:
+    """One fitted model a method, for tests that only look at it."""
+    return create_classifier(name, quick(name)).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+
+
+def test_constructor_stores_parameters_and_scores_need_fit(name: str, tmp_path: Path) -> None:
+    params = quick(name)
+    model = create_classifier(name, params, seed=7)
+    assert model.params is params
+    assert model.seed == 7
+    with pytest.raises(NotFitted):
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings)
+    with pytest.raises(NotFitted):
+        model.save(tmp_path)
+    with pytest.raises(InvalidInput, match="not Params"):
+        create_classifier(name, Params())
+
+
+def test_recognises_unseen_classes(name: str) -> None:
+    scores = fitted(name).scores(DATA.unseen.features, DATA.unseen_embeddings)
+    assert scores.shape == (60, 4)
+    assert scores.dtype == np.float32
+    assert mean_per_class_accuracy(scores.argmax(axis=1), DATA.unseen.labels, range(4)) > 0.7
+
+
+def test_fit_returns_self_and_learns_what_the_contract_names(name: str) -> None:
+    model = create_classifier(name, quick(name))
+    assert model.fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION) is model
+    assert model.class_names_ == DATA.train.class_names
+    assert model.history_
+    assert np.isfinite(model.gamma_)
+    assert model.temperature_ > 0
+    assert model.validation_["classes"] == list(VALIDATION)
+    assert model.validation_["t1"] > 1 / 3
+    assert model.validation_["h"] > 0
+    assert "3 seen classes" in model.validation_["reason"]
+    json.dumps(model.validation_, allow_nan=False)
+
+
+def test_gamma_chosen_on_validation_helps_unseen_test_images(name: str) -> None:
+    model = fitted(name)
+    rng = np.random.default_rng(0)
+    seen = DATA.train
+    test_seen = replace(seen, features=seen.features + rng.normal(size=seen.features.shape).astype(np.float32) * 0.3)
+    classes = ClassTable(
+        (*seen.class_names, *DATA.unseen.class_names),
+        np.concatenate([DATA.seen_embeddings, DATA.unseen_embeddings]),
+        np.arange(16) < 12,
+    )
+    with_gamma, without = (
+        evaluate(model, classes, test_unseen=DATA.unseen, test_seen=test_seen, gamma=gamma).gzsl
+        for gamma in (model.gamma_, 0.0)
+    )
+    assert with_gamma is not None
+    assert without is not None
+    assert with_gamma.h > without.h
+    assert with_gamma.u > without.u
+
+
+def test_same_seed_same_bits_and_a_second_fit_forgets_the_first(name: str) -> None:
+    first = fitted(name)
+    again = create_classifier(name, quick(name))
+    other = made_up(seed=5)
+    again.fit(other.train, other.seen_embeddings).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    assert np.array_equal(
+        first.scores(DATA.unseen.features, DATA.unseen_embeddings),
+        again.scores(DATA.unseen.features, DATA.unseen_embeddings),
+    )
+    assert (first.gamma_, first.temperature_) == (again.gamma_, again.temperature_)
+    assert first.validation_ == again.validation_
+
+
+def test_new_classes_need_no_refit_and_do_not_touch_the_others(name: str) -> None:
+    model = fitted(name)
+    everything = np.concatenate([DATA.seen_embeddings, DATA.unseen_embeddings])
+    whole = model.scores(DATA.unseen.features, everything)
+    part = model.scores(DATA.unseen.features, everything[[14, 2]])
+    np.testing.assert_allclose(part, whole[:, [14, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_length_of_an_embedding_does_not_matter(name: str) -> None:
+    model = fitted(name)
+    stretched = DATA.unseen_embeddings * np.array([[1], [10], [0.1], [3]], np.float32)
+    np.testing.assert_allclose(
+        model.scores(DATA.unseen.features, stretched),
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_saved_classifier_answers_the_same(name: str, tmp_path: Path) -> None:
+    model = fitted(name)
+    model.save(tmp_path / "new" / "folder")
+    loaded = load_classifier(tmp_path / "new" / "folder")
+    assert type(loaded) is type(model)
+    assert np.array_equal(
+        loaded.scores(DATA.unseen.features, DATA.unseen_embeddings),
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings),
+    )
+    for learned in ("params", "seed", "class_names_", "history_", "best_epoch_", "gamma_", "temperature_"):
+        assert getattr(loaded, learned) == getattr(model, learned)
+    assert loaded.validation_ == model.validation_
+
+
+def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
+    fitted(name).save(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InvalidInput, match=r"model\.safetensors"):
+        load_classifier(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(InvalidInput, match="format 1"):
+        load_classifier(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(InvalidInput, match=r"manifest\.json cannot be read"):
+        load_classifier(tmp_path)
+
+
+def test_half_precision_features_are_taken(name: str) -> None:
+    train = replace(DATA.train, features=DATA.train.features.astype(np.float16))
+    model = create_classifier(name, quick(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    assert np.isfinite(model.scores(DATA.unseen.features.astype(np.float16), DATA.unseen_embeddings)).all()
+
+
+def test_without_validation_classes_gamma_is_zero_and_says_so(name: str) -> None:
+    model = create_classifier(name, quick(name)).fit(DATA.train, DATA.seen_embeddings)
+    assert model.gamma_ == 0
+    assert model.temperature_ > 0
+    assert "No validation classes" in model.validation_["reason"]
+
+
+def test_predicted_embeddings_may_stand_in_for_validation_classes(name: str) -> None:
+    own = fitted(name)
+    rows = DATA.seen_embeddings[[1, 5, 9]]
+    same, turned = (
+        create_classifier(name, quick(name)).fit(
+            DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=given
+        )
+        for given in (rows, rows[[1, 2, 0]])
+    )
+    assert same.validation_ == own.validation_
+    assert turned.validation_["t1"] < own.validation_["t1"]
+    with pytest.raises(ShapeMismatch, match="validation_embeddings"):
+        create_classifier(name).fit(
+            DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=rows[:2]
+        )
+
+
+def test_progress_counts_up_and_cancel_passes(name: str) -> None:
+    seen: list[Progress] = []
+    create_classifier(name, quick(name)).fit(
+        DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, on_progress=seen.append
+    )
+    assert seen
+    assert all(p.total is not None and 0 < p.completed <= p.total for p in seen)
+
+    def stop(progress: Progress) -> None:
+        raise Cancelled("told to")
+
+    model = create_classifier(name, quick(name))
+    with pytest.raises(Cancelled):
+        model.fit(DATA.train, DATA.seen_embeddings, on_progress=stop)
+    with pytest.raises(NotFitted):
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings)
+
+
+def test_bad_training_input_is_refused_with_the_reason(name: str) -> None:
+    train, embeddings = DATA.train, DATA.seen_embeddings
+
+    def refused(error: type[Exception], match: str, train: LabelledFeatures, rows: object, **more: object) -> None:
+        with pytest.raises(error, match=match):
+            create_classifier(name).fit(train, rows, **more)  # type: ignore[arg-type]
+
+    refused(ShapeMismatch, "11 class embeddings for 12", train, embeddings[:11])
+    refused(ShapeMismatch, r"\(12,\)", train, embeddings[:, 0])
+    refused(ShapeMismatch, "one row and one label", replace(train, labels=train.labels[:-1]), embeddings)
+    refused(InvalidInput, "Labels must lie in 0..11", replace(train, labels=train.labels + 1), embeddings)
+    broken = train.features.copy()
+    broken[3, 2] = np.nan
+    refused(InvalidInput, "NaN", replace(train, features=broken), embeddings)
+    zero = embeddings.copy()
+    zero[4] = 0
+    refused(InvalidInput, "embedding 4 is zero", train, zero)
+    refused(InvalidInput, "'class 99' is none", train, embeddings, validation_classes=["class 99"])
+    refused(InvalidInput, "twice", train, embeddings, validation_classes=["class 1", "class 1"])
+    refused(TooFewSamples, "1 seen class", train, embeddings, validation_classes=train.class_names[1:])
+    refused(TooFewSamples, "'class 3'", replace(train, labels=np.where(train.labels == 3, 2, train.labels)), embeddings)
+    empty = LabelledFeatures(train.features[:0], train.labels[:0], train.class_names)
+    refused(TooFewSamples, "no training images", empty, embeddings)
+
+
+def test_bad_scoring_input_is_refused(name: str) -> None:
+    model = fitted(name)
+    with pytest.raises(ShapeMismatch, match=r"\(n_images, 24\)"):
+        model.scores(np.zeros((2, 23), np.float32), DATA.unseen_embeddings)
+    with pytest.raises(ShapeMismatch, match=r"\(n_classes, 8\)"):
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings[:, :5])
+    with pytest.raises(InvalidInput, match="zero or not finite"):
+        model.scores(DATA.unseen.features, np.full((1, 8), np.inf, np.float32))
+
+
+def test_one_image_a_class_and_constant_features_still_fit(name: str) -> None:
+    keep = np.unique(DATA.train.labels, return_index=True)[1]
+    features = DATA.train.features[keep].copy()
+    features[:, 0] = 2.0
+    train = LabelledFeatures(features, DATA.train.labels[keep], DATA.train.class_names)
+    model = create_classifier(name, quick(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    assert np.isfinite(model.scores(DATA.unseen.features, DATA.unseen_embeddings)).all()
+
+
+def test_unknown_name_offers_the_nearest(name: str) -> None:
+    with pytest.raises(UnknownName, match=name):
+        create_classifier(name + "x")

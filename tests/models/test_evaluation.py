@@ -1,0 +1,196 @@
+"""Accuracy, against plain rewrites of its definitions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from models.base import FloatArray, LabelledFeatures
+from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownName
+from models.evaluation import (
+    ClassTable,
+    calibrated_stacking,
+    choose_gamma,
+    evaluate,
+    gzsl_report,
+    harmonic_mean,
+    mean_per_class_accuracy,
+    per_class_accuracy,
+    top_k,
+    zsl_report,
+)
+
+
+def plain_accuracy(predicted: list[int], labels: list[int], classes: list[int]) -> float:
+    """The definition, one image after the other."""
+    total, right = Counter(labels), Counter(p for p, y in zip(predicted, labels, strict=True) if p == y)
+    shares = [right[c] / total[c] for c in classes if total[c]]
+    return sum(shares) / len(shares)
+
+
+def plain_h(scores: FloatArray, labels: list[int], seen: list[bool], gamma: float) -> float:
+    predicted = [max(range(len(seen)), key=lambda c: (row[c] - gamma * seen[c], -c)) for row in scores]
+    parts = []
+    for side in (False, True):
+        rows = [i for i, y in enumerate(labels) if seen[y] == side]
+        classes = [c for c in range(len(seen)) if seen[c] == side]
+        parts.append(plain_accuracy([predicted[i] for i in rows], [labels[i] for i in rows], classes))
+    u, s = parts
+    return 2 * u * s / (u + s) if u + s else 0.0
+
+
+@dataclass
+class Lookup:
+    """A scorer whose features are the scores themselves: column c for the class whose embedding is [c]."""
+
+    def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+        return features[:, class_embeddings[:, 0].astype(int)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mean_per_class_accuracy_equals_plain_rewrite(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels, predicted = rng.integers(0, 6, 50), rng.integers(0, 6, 50)
+    labels[labels == 4] = 3  # a class without images
+    expected = plain_accuracy(predicted.tolist(), labels.tolist(), list(range(6)))
+    assert mean_per_class_accuracy(predicted, labels, range(6)) == pytest.approx(expected)
+    order = rng.permutation(50)
+    assert mean_per_class_accuracy(predicted[order], labels[order], range(6)) == pytest.approx(expected)
+
+
+def test_a_large_class_weighs_no_more_than_a_small_one() -> None:
+    labels = np.array([0] * 99 + [1])
+    assert mean_per_class_accuracy(np.zeros(100, int), labels, [0, 1]) == 0.5
+
+
+def test_class_without_images_is_nan_and_all_empty_is_an_error() -> None:
+    assert np.isnan(per_class_accuracy(np.array([0]), np.array([0]), [0, 1])).tolist() == [False, True]
+    with pytest.raises(TooFewSamples):
+        mean_per_class_accuracy(np.array([0]), np.array([0]), [1, 2])
+    with pytest.raises(ShapeMismatch, match=r"\(1,\).*\(2,\)"):
+        per_class_accuracy(np.array([0]), np.array([0, 1]), [0])
+
+
+def test_harmonic_mean() -> None:
+    assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
+    assert harmonic_mean(0.0, 0.9) == 0
+    assert harmonic_mean(0.0, 0.0) == 0
+
+
+def test_calibrated_stacking_takes_gamma_off_seen_columns_only() -> None:
+    scores = np.array([[1.0, 2.0, 3.0]], np.float32)
+    result = calibrated_stacking(scores, np.array([True, False, True]), 0.5)
+    assert result.tolist() == [[0.5, 2.0, 2.5]]
+    assert result.dtype == np.float32
+    with pytest.raises(ShapeMismatch):
+        calibrated_stacking(scores, np.array([True, False]), 0.5)
+
+
+def test_top_k_is_best_first_and_never_more_than_the_classes() -> None:
+    scores = np.array([[0.1, 0.9, 0.5], [0.5, 0.5, 0.1]])
+    assert top_k(scores, 2).tolist() == [[1, 2], [0, 1]]
+    assert top_k(scores, 9).shape == (2, 3)
+    with pytest.raises(InvalidInput):
+        top_k(scores, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_choose_gamma_beats_a_fine_grid_and_h_is_the_real_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seen = [True, True, False, True, False]
+    labels = np.r_[np.arange(5), rng.integers(0, 5, 40)]
+    scores = rng.normal(size=(45, 5))
+    scores[np.arange(45), labels] += 1
+    scores[:, seen] += 2
+    if seed % 2:
+        scores = scores.round(1)  # many equal margins
+    gamma, found = choose_gamma(scores, labels, np.array(seen))
+    assert found.h == pytest.approx(plain_h(scores, labels.tolist(), seen, gamma))
+    grid = [plain_h(scores, labels.tolist(), seen, g) for g in np.linspace(-6, 8, 1401)]
+    assert found.h >= max(grid) - 1e-12
+    assert gamma > 0
+    assert found.h > plain_h(scores, labels.tolist(), seen, 0.0)
+
+
+def test_choose_gamma_moves_with_the_scale_of_the_scores() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 60)
+    scores = rng.normal(size=(60, 4))
+    seen = np.array([True, True, False, False])
+    small, large = choose_gamma(scores, labels, seen), choose_gamma(scores * 100, labels, seen)
+    assert large[0] == pytest.approx(100 * small[0])
+    assert large[1].h == pytest.approx(small[1].h)
+
+
+def test_choose_gamma_needs_both_sides() -> None:
+    with pytest.raises(TooFewSamples):
+        choose_gamma(np.zeros((2, 2)), np.array([0, 0]), np.array([True, False]))
+
+
+def test_zsl_report_counts_confusions_and_names_empty_classes() -> None:
+    scores = np.array([[1.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]])
+    report = zsl_report(scores, np.array([0, 0, 0, 1]), ["a", "b", "c"])
+    assert report.confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
+    assert report.per_class == {"a": pytest.approx(2 / 3), "b": 1.0}
+    assert report.without_images == ("c",)
+    assert report.t1 == pytest.approx(5 / 6)
+
+
+def test_h_is_zero_when_no_unseen_class_is_right() -> None:
+    scores = np.array([[0.0, 1.0], [0.0, 1.0]])
+    seen = np.array([False, True])
+    report = gzsl_report(scores, np.array([0, 1]), ["u", "s"], seen, 0.0)
+    assert (report.u, report.s, report.h) == (0.0, 1.0, 0.0)
+    assert gzsl_report(scores - [0, 1.5], np.array([0, 1]), ["u", "s"], seen, 0.0).u == 1.0
+
+
+def _table() -> ClassTable:
+    return ClassTable(("s1", "u1", "s2", "u2"), np.arange(4.0)[:, None], np.array([True, False, True, False]))
+
+
+def test_evaluate_maps_names_and_equals_plain_rewrite() -> None:
+    rng = np.random.default_rng(1)
+    unseen_labels, seen_labels = rng.integers(0, 2, 30), rng.integers(0, 2, 20)
+    features = rng.normal(size=(50, 4))
+    test_unseen = LabelledFeatures(features[:30], unseen_labels, ("u2", "u1"))
+    test_seen = LabelledFeatures(features[30:], seen_labels, ("s2", "s1"))
+    report = evaluate(Lookup(), _table(), test_unseen=test_unseen, test_seen=test_seen, gamma=0.3)
+    truth = [[3, 1][y] for y in unseen_labels] + [[2, 0][y] for y in seen_labels]
+    predicted = np.where(features[:30, 1] >= features[:30, 3], 1, 3)
+    assert report.zsl is not None
+    assert report.zsl.t1 == pytest.approx(plain_accuracy(predicted.tolist(), truth[:30], [1, 3]))
+    assert report.zsl.classes == ("u1", "u2")
+    assert report.gzsl is not None
+    assert report.gzsl.h == pytest.approx(plain_h(features, truth, [True, False, True, False], 0.3))
+    assert report.gzsl.h == pytest.approx(harmonic_mean(report.gzsl.u, report.gzsl.s))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["gzsl"]["gamma"] == 0.3
+
+
+def test_evaluate_without_seen_or_any_test_images() -> None:
+    features = LabelledFeatures(np.eye(4)[[1, 3]], np.array([0, 1]), ("u1", "u2"))
+    report = evaluate(Lookup(), _table(), test_unseen=features)
+    assert report.zsl is not None
+    assert report.zsl.t1 == 1.0
+    assert report.gzsl is None
+    nothing = LabelledFeatures(np.zeros((0, 4)), np.zeros(0, int), ())
+    assert evaluate(Lookup(), _table(), test_unseen=nothing).to_dict() == {"zsl": None, "gzsl": None}
+
+
+def test_evaluate_refuses_images_of_the_wrong_side_or_of_no_class() -> None:
+    with pytest.raises(InvalidInput, match="'s1', a seen class"):
+        evaluate(Lookup(), _table(), test_unseen=LabelledFeatures(np.zeros((1, 4)), np.array([0]), ("s1",)))
+    with pytest.raises(UnknownName, match="'u1'"):
+        evaluate(Lookup(), _table(), test_unseen=LabelledFeatures(np.zeros((1, 4)), np.array([0]), ("u11",)))
+    with pytest.raises(ShapeMismatch):
+        evaluate(Lookup(), _table(), test_unseen=LabelledFeatures(np.zeros((2, 4)), np.array([0]), ("u1",)))
+
+
+def test_class_table_refuses_double_names_and_lengths_that_disagree() -> None:
+    with pytest.raises(InvalidInput, match="twice"):
+        ClassTable(("a", "a"), np.zeros((2, 1)), np.array([True, False]))
+    with pytest.raises(ShapeMismatch, match="2 class names, 1 embeddings"):
+        ClassTable(("a", "b"), np.zeros((1, 1)), np.array([True, False]))
