@@ -8,7 +8,10 @@ from typing import Any
 import orjson
 from redis import Redis, RedisError
 
+from service.core import jobs
+from service.core.db import Database
 from service.core.logging import get_logger
+from service.core.tables import Job
 
 MAX_EVENTS = 1000
 EXPIRY_S = 86_400
@@ -41,6 +44,15 @@ def publish(redis: Redis, job_id: str, event: str, data: dict[str, Any]) -> str 
         _log.debug("event_lost", job_id=job_id, event_type=event, error=type(error).__name__)
         return None
     return str(event_id.decode() if isinstance(event_id, bytes) else event_id)
+
+
+def publish_status(redis: Redis, database: Database, job_id: str) -> None:
+    """Appends a `status` event with the job as it is now; call it after the commit that changed it."""
+    with database.read() as session:
+        job = session.get(Job, job_id)
+        view = jobs.job_view(job, jobs.queue_position(session, job)) if job is not None else None
+    if view is not None:
+        publish(redis, job_id, "status", view)
 
 
 def read(redis: Redis, job_id: str, last_id: str = "0-0", block_ms: int = 0, count: int = 100) -> list[Event]:

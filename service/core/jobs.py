@@ -161,11 +161,18 @@ def retry(session: Session, job_id: str) -> Job:
 
 
 def release(
-    session: Session, job_id: str, token: int, reason: str, *, counted: bool = True
+    session: Session,
+    job_id: str,
+    token: int,
+    reason: str,
+    *,
+    counted: bool = True,
+    problem: dict[str, Any] | None = None,
 ) -> Literal["queued", "failed", "cancelled"]:
     """Ends an attempt whose worker is gone: back to the queue, or failed when no attempt is left.
 
-    `reason` is a sentence for the job's owner. With `counted=False` (an orderly shutdown) the attempt costs nothing.
+    `reason` is a sentence for the job's owner, `problem` what to show instead when the last attempt met a known error.
+    With `counted=False` (an orderly shutdown) the attempt costs nothing. A job that was to be cancelled is cancelled.
     """
     if heartbeat(session, job_id, token) == "cancelling":
         cancelled(session, job_id, token)
@@ -173,18 +180,13 @@ def release(
     job = _reloaded(session, job_id)
     if counted and job.attempts >= job.max_attempts:
         lost = WorkerLost(f"The job was tried {job.attempts} times and never ended. The last time: {reason}")
-        fail(session, job_id, token, problem_of(lost))
+        fail(session, job_id, token, problem or problem_of(lost))
         return "failed"
     attempts = job.attempts if counted else max(job.attempts - 1, 0)
     _update_attempt(
         session, job_id, token, ("running",), status="queued", worker_id=None, attempts=attempts, queued_at=utc_now()
     )
     return "queued"
-
-
-def abandon(session: Session, job_id: str, token: int) -> None:
-    """Ends a cancelled attempt whose worker did not answer; from now on the attempt can write nothing."""
-    cancelled(session, job_id, token)
 
 
 def queue_position(session: Session, job: Job) -> int | None:
@@ -235,7 +237,7 @@ def _timestamp(when: datetime | None) -> str | None:
 
 
 def _move(session: Session, job_id: str, statuses: Sequence[str], values: dict[str, Any], *more: Any) -> bool:
-    """The compare-and-set that everything above rests on: True if the job was in one of `statuses` (and `more` held)."""
+    """The compare-and-set that all of this rests on: True if the job was in one of `statuses` (and `more` held)."""
     session.flush()
     condition = (Job.id == job_id, Job.status.in_(statuses), *more)
     result = session.execute(update(Job).where(*condition).values(values).execution_options(synchronize_session=False))

@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         """Where unfinished uploads and job files lie; nothing here is ever published."""
         return self.data_dir.resolve() / "scratch"
 
+    @cached_property
+    def cache_dir(self) -> Path:
+        """Where local copies of a remote store's artifacts lie; safe to remove."""
+        return self.data_dir.resolve() / "cache"
+
     def make_dirs(self) -> None:
         """Creates the data, run and scratch directories; only this user may enter the one with the sockets."""
         self.data_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,62 @@
+"""What a process can know and arrange about its parent, its host and other processes. Also a launcher, see `launch`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Arranges that the kernel kills this process when the parent's thread that started it ends, however it ends.
+
+    Without this a killed parent leaves its child running, and a second copy of the work starts beside it. Linux only;
+    elsewhere it does nothing. Children do not inherit it: pools call it again.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the line above
+        os._exit(1)
+
+
+def launch(command: Sequence[str]) -> list[str]:
+    """`command`, wrapped so that it dies with this process; the pid stays that of the command."""
+    # This file by its path, isolated: it needs neither our packages nor the folder it lies in on the import path.
+    return [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
+
+
+@cache
+def host_id() -> str:
+    """This machine since its last boot and this process namespace: within one, a pid names a process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return f"{socket.gethostname()}/?"
+    return f"{socket.gethostname()}/{boot}/{namespace}"
+
+
+def is_dead(host: str, pid: int) -> bool:
+    """Whether process `pid` of `host` has certainly ended; False when this cannot be told from here."""
+    if host.endswith("/?") or host != host_id():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

@@ -1,0 +1,109 @@
+"""Real servers for the tests: an embedded Valkey, a database, an artifact store. Nothing is faked.
+
+`UNSEEN_TEST_POSTGRES_URL` (an empty database that may be wiped) runs the same tests on PostgreSQL instead of SQLite.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from service.core.artifacts import ArtifactStore
+    from service.core.db import Database
+    from service.core.embedded import EmbeddedValkey
+    from service.core.queue import JobQueue
+    from service.core.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the person who runs the tests must not leak into them."""
+    for name in list(os.environ):
+        if name.startswith("UNSEEN_") and not name.startswith("UNSEEN_TEST_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """One server for the whole run; tests that kill a server start their own."""
+    from service.core.embedded import EmbeddedValkey
+
+    folder = tmp_path_factory.mktemp("valkey")
+    server = EmbeddedValkey(folder, folder / "s")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis(valkey: EmbeddedValkey) -> Iterator[Redis]:
+    """A client of the session's server, emptied for this test."""
+    from service.core.queue import connect
+
+    client = connect(valkey.url)
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, valkey: EmbeddedValkey) -> Settings:
+    """An own data directory, the session's server, and short waits."""
+    from service.core.settings import Settings
+
+    settings = Settings(
+        data_dir=tmp_path / "data",
+        database_url=os.environ.get("UNSEEN_TEST_POSTGRES_URL", ""),
+        redis_url=valkey.url,
+        heartbeat_s=0.2,
+        lost_after_s=1.5,
+        reconcile_s=0.2,
+        cancel_kill_s=1.0,
+    )
+    settings.make_dirs()
+    return settings
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    """A fresh database at the newest schema."""
+    from sqlalchemy import text
+
+    from service.core.db import Database, make_engine
+    from service.core.migrations import upgrade
+
+    database = Database(make_engine(settings.resolved_database_url))
+    if database.engine.dialect.name == "postgresql":
+        with database.engine.begin() as connection:
+            connection.execute(text("DROP SCHEMA public CASCADE"))
+            connection.execute(text("CREATE SCHEMA public"))
+    upgrade(database.engine)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def store(settings: Settings) -> ArtifactStore:
+    """An empty artifact store on the local disk."""
+    from service.core.artifacts import ArtifactStore
+
+    return ArtifactStore(settings.resolved_store_url, settings.cache_dir)
+
+
+@pytest.fixture
+def queue(redis: Redis, settings: Settings) -> JobQueue:
+    """The queue that the settings name, empty."""
+    from service.core.queue import JobQueue
+
+    return JobQueue(redis, settings.queue)
