@@ -273,7 +273,7 @@ class _TarReader:
         stream = self.tar.extractfile(member.key)
         assert stream is not None  # plain files only come here
         with stream:
-            return stream.read(limit)
+            return stream.read(min(limit, member.n_bytes))  # it allocates what it is asked for
 
 
 def _zip_problem(info: zipfile.ZipInfo) -> str | None:

@@ -84,11 +84,11 @@ def load_xlsa17(res101: Path, att_splits: Path, *, max_bytes: int = DEFAULT_MAX_
     labels = _zero_based(images["labels"], "labels")
     features = _matrix(images["features"], "features", transposed=True)
     n_images = len(features)
-    rows = {key: _zero_based(splits[f"{key}_loc"], f"{key}_loc", n_images) for key in _SPLIT_KEYS}
     if len(labels) != n_images:
         raise ShapeMismatch(
             f"features has {n_images} columns but labels has {len(labels)} entries; one an image needed."
         )
+    rows = {key: _zero_based(splits[f"{key}_loc"], f"{key}_loc", n_images) for key in _SPLIT_KEYS}
     att = _matrix(splits["att"], "att", transposed=True) if "att" in splits else None
     n_classes = len(att) if att is not None else int(labels.max(initial=-1)) + 1
     names, source = _class_names(labels, n_classes, images.get("image_files"), splits.get("allclasses_names"))
@@ -120,6 +120,7 @@ def load_feature_npz(
     """
     arrays = read_npz(path, required=("features", "labels"), max_bytes=max_bytes)
     labels, names = _npz_labels(arrays)
+    _refuse_twice(names)
     n_images = len(np.atleast_1d(arrays["features"]))
     split = _npz_split(arrays) if "train_rows" in arrays else _json_split(path, splits_json)
     if len(labels) != n_images:
@@ -197,7 +198,7 @@ def _class_names(
             names = tuple(_folder_name(next(iter(folders[label])), set(listed_names)) for label in range(n_classes))
             if len(set(names)) == n_classes and all(names):
                 return names, "image_files"
-    if len(listed_names) == n_classes:
+    if len(listed_names) == n_classes == len(set(listed_names)):
         return listed_names, "allclasses_names"
     return tuple(f"class_{label + 1:03d}" for label in range(n_classes)), "labels"
 
@@ -303,8 +304,7 @@ def _check_features(features: NDArray[np.float32], labels: Rows, class_names: tu
         raise ShapeMismatch(f"features has {features.shape[0]} rows but labels has {len(labels)} entries.")
     if 0 in features.shape:
         raise InvalidInput(f"features has the shape {features.shape}; there is nothing in it.", field="features")
-    if len(set(class_names)) < len(class_names):
-        raise InvalidInput("class_names holds a name twice. Name each class once.", field="class_names")
+    _refuse_twice(class_names)
     outside = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if outside.size:
         raise InvalidInput(
@@ -313,6 +313,11 @@ def _check_features(features: NDArray[np.float32], labels: Rows, class_names: tu
             field="labels",
         )
     _refuse_non_finite(features, "features")
+
+
+def _refuse_twice(class_names: tuple[str, ...]) -> None:
+    if len(set(class_names)) < len(class_names):
+        raise InvalidInput("class_names holds a name twice. Name each class once.", field="class_names")
 
 
 def _refuse_non_finite(matrix: NDArray[np.float32], key: str) -> None:

@@ -7,6 +7,7 @@ All functions may be called from several threads. No torch here: the API process
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 from collections.abc import Iterator
@@ -236,10 +237,11 @@ def _grey(values: NDArray[np.integer | np.floating]) -> Image.Image:
 
 
 def _silence_pillow() -> None:
-    """Ignore what Pillow warns about (odd EXIF, big pictures): the file's owner gets an error or a usable image.
+    """Ignore what Pillow warns and logs (odd EXIF, big pictures): the file's owner gets an error or a usable image.
 
     `warnings.catch_warnings` is not safe with threads, so the filter is put in place once and stays.
     """
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     pattern = r"PIL\."
     if not any(
         entry[3] is not None and getattr(entry[3], "pattern", entry[3]) == pattern for entry in warnings.filters

@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
 
 
 def webp_canvas(width: int, height: int) -> bytes:
@@ -101,16 +104,12 @@ def test_damaged_files_raise_only_unreadable_image(image_format: str) -> None:
     for _ in range(60):
         damaged = data.copy()
         damaged[rng.integers(0, len(data), size=8)] = rng.integers(0, 256, size=8)
-        try:
-            info = probe_image(damaged.tobytes())
-        except UnreadableImage as error:
-            assert error.reason
-        else:
-            assert info.width >= 1
+        with suppress(UnreadableImage):
+            assert probe_image(damaged.tobytes()).width >= 1
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    with pytest.raises(UnreadableImage, match="100.0 million pixels; at most 64 million"):
+    with pytest.raises(UnreadableImage, match=r"100\.0 million pixels; at most 64 million"):
         probe_image(png_header(10_000, 10_000))
     with pytest.raises(UnreadableImage, match="at most 64 million"):
         decode_image(png_header(2**31 - 1, 2**31 - 1))
@@ -164,6 +163,15 @@ def test_damaged_exif_neither_warns_nor_fails() -> None:
         warnings.simplefilter("error")
         assert decode_image(data).shape == (24, 32, 3)
         assert probe_image(data).format == "JPEG"
+
+
+def test_pillow_logs_nothing_about_a_strange_tiff(caplog: pytest.LogCaptureFixture) -> None:
+    samples_per_pixel = struct.pack("<HHL", 277, 3, 1)
+    data = encode(picture(), "TIFF")
+    assert data.count(samples_per_pixel + b"\3") == 1
+    with pytest.raises(UnreadableImage):
+        probe_image(data.replace(samples_per_pixel + b"\3\0", samples_per_pixel + b"\0\x08"))
+    assert caplog.records == []
 
 
 def test_pillow_warning_of_many_pixels_does_not_escape() -> None:
