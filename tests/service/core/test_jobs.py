@@ -27,6 +27,12 @@ def claim(database: Database, job_id: str, worker_id: str = "w") -> int:
         return job.token
 
 
+def publish_and_finish(database: Database, job_id: str, token: int, effect: str) -> None:
+    with database.write() as session:
+        session.add(tables.CachedArtifact(key=effect, artifact="x"))
+        jobs.finish(session, job_id, token, {})
+
+
 def read(database: Database, job_id: str) -> tables.Job:
     with database.read() as session:
         return jobs.get_job(session, job_id)
@@ -95,9 +101,8 @@ def test_a_stale_attempt_publishes_nothing(database: Database) -> None:
     with database.write() as session:
         assert jobs.release(session, job_id, old, "gone") == "queued"
     new = claim(database, job_id)
-    with pytest.raises(StaleAttempt), database.write() as session:
-        session.add(tables.CachedArtifact(key="made-by-old", artifact="x"))
-        jobs.finish(session, job_id, old, {})
+    with pytest.raises(StaleAttempt):
+        publish_and_finish(database, job_id, old, "made-by-old")
     for call in (jobs.heartbeat, jobs.cancelled, jobs.hold):
         with pytest.raises(StaleAttempt), database.write() as session:
             call(session, job_id, old)
@@ -145,9 +150,8 @@ def test_a_cancel_that_came_first_wins_over_the_results(database: Database) -> N
     token = claim(database, job_id)
     with database.write() as session:
         jobs.request_cancel(session, job_id)
-    with pytest.raises(Cancelled), database.write() as session:
-        session.add(tables.CachedArtifact(key="late", artifact="x"))
-        jobs.finish(session, job_id, token, {})
+    with pytest.raises(Cancelled):
+        publish_and_finish(database, job_id, token, "late")
     with database.read() as session:
         assert session.get(tables.CachedArtifact, "late") is None
 

@@ -1,0 +1,32 @@
+"""Fixtures around real worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from service.core.db import Database
+from service.core.queue import JobQueue
+from service.core.settings import Settings
+from tests.workers.harness import WorkerProcess, World
+
+
+@pytest.fixture
+def world(settings: Settings, database: Database, queue: JobQueue) -> World:
+    """Database, queue and settings in one hand."""
+    return World(settings, database, queue)
+
+
+@pytest.fixture
+def start_worker(world: World) -> Iterator[Callable[[], WorkerProcess]]:
+    """Starts workers; all of them are gone after the test."""
+    started: list[WorkerProcess] = []
+
+    def start() -> WorkerProcess:
+        started.append(WorkerProcess(world))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.close()
