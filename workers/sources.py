@@ -1,0 +1,121 @@
+"""Opens what jobs and the inference process compute with: knowledge sources, backbones, saved models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from models.errors import InvalidInput
+from models.knowledge.base import KnowledgeSource
+from models.knowledge.tables import ClassTable
+from models.knowledge.text_encoder import TextEncoder
+from models.knowledge.word_vectors import WordVectorIndex
+from models.params import BackboneParams
+from service.core.artifacts import ArtifactStore
+from service.core.errors import Unavailable
+from service.core.settings import Settings
+from service.core.tables import Knowledge
+
+if TYPE_CHECKING:
+    from models.backbones import Backbone
+
+
+def unpack(store: ArtifactStore, artifacts: Mapping[str, str], names: tuple[str, ...], directory: Path) -> Path:
+    """A directory holding the named files of an artifact set, linked from the store where it is local."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        source, target = store.local_path(artifacts[name]), directory / name
+        if not target.exists():
+            aside = Path(tempfile.mktemp(dir=directory))
+            try:
+                os.link(source, aside)
+            except OSError:  # another file system
+                shutil.copyfile(source, aside)
+            aside.replace(target)
+    return directory
+
+
+def open_knowledge(row: Knowledge, store: ArtifactStore, settings: Settings) -> KnowledgeSource:
+    """The knowledge source behind a ready row; its files are laid out once in the cache directory."""
+    if row.kind == "text_encoder":
+        return open_text_encoder(row.summary["model"], row.summary["template"], settings)
+    names = tuple(row.artifacts)
+    digest = hashlib.sha256("".join(f"{n}={row.artifacts[n]}\n" for n in sorted(names)).encode()).hexdigest()[:32]
+    directory = unpack(store, row.artifacts, names, settings.cache_dir / "knowledge" / digest)
+    return WordVectorIndex.open(directory) if row.kind == "word_vectors" else ClassTable.load(directory)
+
+
+def open_text_encoder(model: str, template: str, settings: Settings) -> TextEncoder:
+    """A sentence-transformers model by hub name, or a folder of the weights directory by its plain name."""
+    if settings.weights_dir is not None and (local := settings.weights_dir / model).is_dir() and "/" not in model:
+        return TextEncoder(local, template)
+    return TextEncoder(model, template)
+
+
+def open_backbone(params: BackboneParams, settings: Settings, *, device: str, weights: Path | None = None) -> Backbone:
+    """The network of a request. `weights`: the file to use in place of what `params.weights` names (trained ones)."""
+    from models.backbones import create_backbone
+
+    if weights is None:
+        weights = _weights_path(params, settings)
+    return create_backbone(params.name, weights=weights, precision=params.precision, device=device)
+
+
+def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:
+    if params.weights == "random":
+        return None
+    if params.weights == "imagenet":
+        return fetch_weights(params.name, settings.cache_dir / "weights")
+    if settings.weights_dir is None:
+        raise InvalidInput(
+            f"The weights {params.weights!r} were asked for, but this worker has no UNSEEN_WEIGHTS_DIR.",
+            field="params/backbone/weights",
+        )
+    path = settings.weights_dir / Path(params.weights).name
+    if not path.is_file():
+        raise InvalidInput(
+            f"There is no file {params.weights!r} in the worker's weights directory.", field="params/backbone/weights"
+        )
+    return path
+
+
+def fetch_weights(name: str, directory: Path) -> Path:
+    """torchvision's default weights of a network, downloaded once and checked against the digest in their name."""
+    from models.backbones import torchvision_weights
+
+    wanted = torchvision_weights(name)
+    path = directory / wanted.file_name
+    if path.is_file():
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(dir=directory, prefix=".download-")
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(descriptor, "wb") as target, httpx.stream("GET", wanted.url, follow_redirects=True) as answer:
+            answer.raise_for_status()
+            for chunk in answer.iter_bytes(2**20):
+                digest.update(chunk)
+                target.write(chunk)
+        if not digest.hexdigest().startswith(wanted.sha256_prefix):
+            raise InvalidInput(f"The weights of {name!r} arrived damaged: their SHA-256 does not match. Try again.")
+        os.replace(aside, path)
+    except httpx.HTTPError as error:
+        raise Unavailable(
+            f"The weights of {name!r} could not be downloaded from {wanted.url} ({type(error).__name__}). "
+            "Put the file into the weights directory and name it in params.backbone.weights."
+        ) from error
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def describe_backbone(params: BackboneParams, backbone: Backbone) -> dict[str, Any]:
+    """What a result says about the network that made its features."""
+    return {**params.model_dump(mode="json"), "digest": backbone.digest, "feature_dim": backbone.feature_dim}

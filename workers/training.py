@@ -1,0 +1,271 @@
+"""The task that trains a zero-shot classifier and measures it on test rows that training never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as save_safetensors
+from sqlalchemy.orm import Session
+
+from models.base import FloatArray, LabelledFeatures
+from models.catalog import get_method
+from models.data.splits import choose_validation_classes
+from models.embedding.class_embedder import ClassEmbedder
+from models.errors import InvalidInput
+from models.evaluation import ClassTable, evaluate
+from models.knowledge.base import require
+from models.params import BackboneParams, EmbeddingSetParams, ScratchParams
+from models.zero_shot.base import create_classifier
+from service.core import repositories
+from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
+from workers.backbones import BACKBONE_FILE, prepared_backbone
+from workers.embedding import class_numbers, whole_image
+from workers.features import image_features
+from workers.imports import put_directory, read_feature_files
+from workers.rows import split_rows
+from workers.runner import Publisher, TaskContext
+from workers.runtime import choose_device, seed_everything
+from workers.sources import describe_backbone, open_backbone, open_knowledge, unpack
+
+DEFAULT_IMAGE_SIZE = 224
+CLASSES_FILE = "classes.safetensors"
+EMBEDDER_FILES = ("class_embedder.json", "class_embedder.safetensors")
+PHASES = [("backbone", 0.05), ("image_features", 0.6), ("training", 0.3), ("evaluation", 0.05)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the request names, read from the database once. `classes`: seen first, then unseen."""
+
+    row: Classifier
+    dataset: Dataset
+    embedding_set: EmbeddingSet | None
+    knowledge: Knowledge
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+    stored_vectors: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class ImageTables:
+    """Image features of the three kinds of rows, labels into all classes, and what made them."""
+
+    train: LabelledFeatures
+    test_seen: LabelledFeatures
+    test_unseen: LabelledFeatures
+    backbone: dict[str, Any] | None
+    files: dict[str, str]
+    n_skipped: int
+
+
+def train_classifier(context: TaskContext) -> Publisher:
+    """Fits the method on the seen classes' training rows; evaluates T1, U, S, H; publishes model and metrics."""
+    inputs = _read_inputs(context)
+    request = inputs.row.request
+    seed_everything(request["seed"])
+    device = choose_device(context.settings.device)
+    context.progress.set_phases(PHASES)
+    embeddings = _class_embeddings(context, inputs)
+    tables = _features(context, inputs, device)
+    validation = _validation_classes(inputs)
+    params = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
+    model = create_classifier(inputs.row.method, params, seed=request["seed"], device=device)
+    model.fit(
+        tables.train,
+        embeddings[: len(inputs.seen)],
+        validation_classes=validation,
+        validation_embeddings=_validation_embeddings(context, inputs, validation),
+        on_progress=context.progress,
+    )
+    metrics: dict[str, Any] = {
+        "validation": model.validation_,
+        "history": model.history_,
+        "best_epoch": model.best_epoch_,
+        "gamma": model.gamma_,
+        "n_train": len(tables.train.labels),
+        "n_test_seen": len(tables.test_seen.labels),
+        "n_test_unseen": len(tables.test_unseen.labels),
+        "n_skipped_images": tables.n_skipped,
+        "backbone": tables.backbone,
+        "image_size": _image_size(inputs),
+    }
+    if request["evaluate"]:
+        classes = ClassTable((*inputs.seen, *inputs.unseen), embeddings, _is_seen(inputs))
+        report = evaluate(
+            model, classes, test_unseen=tables.test_unseen, test_seen=tables.test_seen, gamma=model.gamma_
+        )
+        metrics |= report.to_dict()
+    directory = context.scratch_dir / "model"
+    model.save(directory)
+    files = put_directory(context, directory) | tables.files
+    files[CLASSES_FILE] = context.store.put_bytes(save_safetensors({"embeddings": embeddings}))
+    return _publisher(inputs, files, metrics)
+
+
+def _publisher(inputs: Inputs, files: dict[str, str], metrics: dict[str, Any]) -> Publisher:
+    def publish(session: Session) -> dict[str, Any]:
+        row = repositories.get(session, Classifier, inputs.row.id)
+        row.status, row.artifacts, row.metrics = "ready", files, metrics
+        href = f"/v1/classifiers/{row.id}"
+        shown = {name: {k: part[k] for k in keys} for name, keys in _HEADLINES if (part := metrics.get(name))}
+        return {"kind": "classifier", "id": row.id, "href": href, **shown}
+
+    return publish
+
+
+_HEADLINES = (("zsl", ("t1",)), ("gzsl", ("u", "s", "h")))
+
+
+def _read_inputs(context: TaskContext) -> Inputs:
+    with context.database.read() as session:
+        row = repositories.get(session, Classifier, context.job.resource_id)
+        embedding_set, vectors = None, {}
+        knowledge_id = row.knowledge_id
+        if row.embedding_set_id is not None:
+            embedding_set = repositories.get(session, EmbeddingSet, row.embedding_set_id)
+            knowledge_id = embedding_set.knowledge_id
+            wanted = [*row.request["seen_classes"], *row.request["unseen_classes"]]
+            stored = repositories.classes_of(session, embedding_set.id, names=wanted)
+            vectors = {c.name: c.vector for c in stored}
+        return Inputs(
+            row=row,
+            dataset=repositories.get(session, Dataset, row.dataset_id),
+            embedding_set=embedding_set,
+            knowledge=repositories.get(session, Knowledge, knowledge_id or ""),
+            seen=tuple(row.request["seen_classes"]),
+            unseen=tuple(row.request["unseen_classes"]),
+            stored_vectors=vectors,
+        )
+
+
+def _class_embeddings(context: TaskContext, inputs: Inputs) -> FloatArray:
+    """(seen + unseen, E): the embedding set's vectors, or the knowledge vectors as they are."""
+    names = [*inputs.seen, *inputs.unseen]
+    if inputs.embedding_set is not None:
+        missing = [name for name in names if name not in inputs.stored_vectors]
+        if missing:
+            raise InvalidInput(f"The embedding set has no class {missing[0]!r}.", field="unseen_classes")
+        return np.stack([np.frombuffer(inputs.stored_vectors[name], dtype="<f4") for name in names])
+    source = open_knowledge(inputs.knowledge, context.store, context.settings)
+    return require(source.lookup(names), field="unseen_classes")
+
+
+def _validation_classes(inputs: Inputs) -> tuple[str, ...]:
+    """As asked for; else those the embedding set used; else a seeded fifth of the seen classes."""
+    asked = inputs.row.request["validation_classes"]
+    if asked is not None:
+        return tuple(asked)
+    if inputs.embedding_set is not None:
+        used = [n for n in inputs.embedding_set.summary.get("validation_classes", ()) if n in set(inputs.seen)]
+        if used and len(inputs.seen) - len(used) >= 2:
+            return tuple(used)
+    if inputs.dataset.kind == "features":
+        used = [n for n in inputs.dataset.summary.get("validation_classes", ()) if n in set(inputs.seen)]
+        if used and len(inputs.seen) - len(used) >= 2:
+            return tuple(used)
+    if len(inputs.seen) < 4:
+        return ()
+    return choose_validation_classes(inputs.seen, seed=inputs.row.request["seed"])
+
+
+def _validation_embeddings(context: TaskContext, inputs: Inputs, validation: Sequence[str]) -> FloatArray | None:
+    """What the validation classes' embeddings would be without their images, composed of the other seen classes."""
+    if inputs.embedding_set is None or not validation:
+        return None
+    directory = unpack(context.store, inputs.embedding_set.artifacts, EMBEDDER_FILES, context.scratch_dir / "embedder")
+    embedder = ClassEmbedder.load(directory)
+    held = np.isin(embedder.class_names, list(validation))
+    if held.sum() != len(validation) or (~held).sum() < 2:
+        return None
+    others = ClassEmbedder(
+        tuple(name for name, is_held in zip(embedder.class_names, held, strict=True) if not is_held),
+        embedder.seen_embeddings[~held],
+        embedder.knowledge_seen[~held],
+        embedder.relation,
+        embedder.params,
+    )
+    position = {name: i for i, name in enumerate(embedder.class_names)}
+    knowledge = embedder.knowledge_seen[[position[name] for name in validation]]
+    return others.embed(knowledge)[0]
+
+
+def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
+    names = (*inputs.seen, *inputs.unseen)
+    if inputs.dataset.kind == "features":
+        return _stored_features(context, inputs, names)
+    with context.database.read() as session:
+        rows = split_rows(session, inputs.dataset, inputs.seen, inputs.unseen)
+    params, scratch, seed = _backbone_params(inputs)
+    train_labels = class_numbers(rows.train, inputs.seen)
+    sha256s = [row.sha256 for row in rows.train]
+    if (
+        inputs.embedding_set is not None
+        and BACKBONE_FILE in inputs.embedding_set.artifacts
+        and inputs.row.request["backbone"] is None
+    ):
+        backbone, files = _trained_backbone(context, inputs.embedding_set, params, device)
+    else:
+        backbone, files = prepared_backbone(context, params, scratch, sha256s, train_labels, seed=seed, device=device)
+    everything = [*rows.train, *rows.test_seen, *rows.test_unseen] if inputs.row.request["evaluate"] else [*rows.train]
+    contents = [row.sha256 for row in everything]
+    table = image_features(context, contents, backbone, whole_image(_image_size(inputs)), phase="image_features")
+    features = np.asarray(table.features, dtype=np.float32)
+    bounds = np.cumsum([len(rows.train), len(rows.test_seen), len(rows.test_unseen)])
+    group = np.searchsorted(bounds, table.image_index, side="right")
+    labels = class_numbers([everything[i] for i in table.image_index], names)
+    parts = [LabelledFeatures(features[group == k], labels[group == k], names if k else inputs.seen) for k in range(3)]
+    return ImageTables(*parts, describe_backbone(params, backbone), files, len(table.failures))
+
+
+def _trained_backbone(
+    context: TaskContext, embedding_set: EmbeddingSet, params: BackboneParams, device: str
+) -> tuple[Any, dict[str, str]]:
+
+    directory = unpack(context.store, embedding_set.artifacts, (BACKBONE_FILE,), context.scratch_dir / "backbone")
+    backbone = open_backbone(params, context.settings, device=device, weights=directory / BACKBONE_FILE)
+    return backbone, {BACKBONE_FILE: embedding_set.artifacts[BACKBONE_FILE]}
+
+
+def _backbone_params(inputs: Inputs) -> tuple[BackboneParams, ScratchParams, int]:
+    """The request's own network, or the embedding set's."""
+    asked = inputs.row.request["backbone"]
+    used = EmbeddingSetParams.model_validate(inputs.embedding_set.params) if inputs.embedding_set else None
+    if asked is not None or used is None:
+        return BackboneParams.model_validate(asked or {}), ScratchParams(), inputs.row.request["seed"]
+    return used.backbone, used.scratch, used.seed
+
+
+def _image_size(inputs: Inputs) -> int:
+    if inputs.row.request["image_size"]:
+        return int(inputs.row.request["image_size"])
+    if inputs.embedding_set is not None:
+        return EmbeddingSetParams.model_validate(inputs.embedding_set.params).patches.size
+    return DEFAULT_IMAGE_SIZE
+
+
+def _stored_features(context: TaskContext, inputs: Inputs, names: tuple[str, ...]) -> ImageTables:
+    dataset = read_feature_files(context, inputs.dataset.artifacts)
+    number = {name: i for i, name in enumerate(names)}
+    of_label = np.array([number.get(name, -1) for name in dataset.class_names])
+
+    def part(rows: np.ndarray[Any, Any], keep: range, classes: tuple[str, ...]) -> LabelledFeatures:
+        labels = of_label[dataset.labels[rows]]
+        chosen = (labels >= keep.start) & (labels < keep.stop)
+        return LabelledFeatures(dataset.features[rows[chosen]], labels[chosen], classes)
+
+    n_seen = len(inputs.seen)
+    return ImageTables(
+        part(dataset.train_rows, range(n_seen), inputs.seen),
+        part(dataset.test_seen_rows, range(n_seen), names),
+        part(dataset.test_unseen_rows, range(n_seen, len(names)), names),
+        None,
+        {},
+        0,
+    )
+
+
+def _is_seen(inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.arange(len(inputs.seen) + len(inputs.unseen)) < len(inputs.seen)
