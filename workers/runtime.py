@@ -1,0 +1,81 @@
+"""Device, seeds, threads and memory of a worker's process. torch is imported only inside the functions: the parent
+of an RQ worker imports this file, and a fork after torch has run anything hangs the child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import re
+import sys
+
+from models.errors import InvalidInput
+
+MALLOC_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+"""glibc settings for a process that runs networks on the CPU, to be set before it starts: large activations are
+reused instead of being mapped and faulted in again for every layer (a third of the time of a large batch)."""
+
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Threads that wait for each other sleep instead of spinning: on a busy machine spinning takes the cores away from
+those that are waited for."""
+
+
+def choose_device(setting: str) -> str:
+    """'cpu', 'cuda' or 'cuda:N' for a setting of 'auto', 'cpu', 'cuda' or 'cuda:N'; auto: a GPU where there is one.
+
+    Raises InvalidInput for another word and for a GPU that is not there.
+    """
+    if setting == "cpu":
+        return "cpu"
+    if setting != "auto" and not re.fullmatch(r"cuda(:\d+)?", setting):
+        raise InvalidInput(f"Unknown device {setting!r}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.", field="device")
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "auto":
+        return "cuda" if n_gpus else "cpu"
+    if int(setting.partition(":")[2] or 0) >= n_gpus:
+        raise InvalidInput(
+            f"Device {setting!r} is not there: torch sees {n_gpus} GPUs. Use 'auto' or 'cpu'.", field="device"
+        )
+    return setting
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators: a net below code that takes its seed as an argument."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_threads(n: int) -> None:
+    """Threads of one torch operation in this process."""
+    if n < 1:
+        raise InvalidInput(f"At least one thread is needed, not {n}.", field="threads")
+    import torch
+
+    torch.set_num_threads(n)
+
+
+def release_memory() -> None:
+    """Collects garbage and gives free memory back: the GPU's cache to the driver, glibc's heaps to the system."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library: it has no such call, and nothing depends on it
