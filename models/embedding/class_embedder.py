@@ -20,8 +20,8 @@ from models.embedding.relations import (
     SimilarityOptimizer,
     check_knowledge,
     check_rows,
+    normalized_average,
     unit_rows,
-    weighted_average,
 )
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownName
 from models.params import RelationParams
@@ -71,11 +71,14 @@ class ClassEmbedder:
         return own + int(self.knowledge_seen.shape[1]) if self.params.form == "fused" else own
 
     def relations(self, knowledge: FloatArray) -> Matrix:
-        """Coefficients of the seen classes for each row of `knowledge`: (U, Dw) -> (U, S)."""
+        """Coefficients of the seen classes for each row of `knowledge`, summing to one: (U, Dw) -> (U, S).
+
+        WAvg's weights as printed (Eq. 10) sum to far less; only their proportions reach vectors of length one.
+        """
         unseen, _ = check_knowledge(knowledge, self.knowledge_seen)
         if self.relation == "smo":
             return self._optimizer.solve(unit_rows(unseen), alpha=float(self.params.alpha))
-        return weighted_average(unseen, self.knowledge_seen, n_neighbors=self.params.n_neighbors, eta=self.params.eta)
+        return normalized_average(unseen, self.knowledge_seen, n_neighbors=self.params.n_neighbors, eta=self.params.eta)
 
     def embed(self, knowledge: FloatArray) -> tuple[Matrix, Matrix]:
         """Unseen classes by their knowledge (U, Dw): vectors (U, E') of length one, and relations (U, S).
@@ -83,9 +86,7 @@ class ClassEmbedder:
         A class that lies exactly on the mean of the seen ones has no direction in the centred form: zeros.
         """
         relations = self.relations(knowledge)
-        # WAvg's weights do not sum to one; their direction is all that counts, and centring needs the sum.
-        shares = relations / relations.sum(axis=1, keepdims=True) if self.relation == "wavg" else relations
-        return self._in_form(shares @ self.seen_embeddings, knowledge), relations
+        return self._in_form(relations @ self.seen_embeddings, knowledge), relations
 
     def seen_vectors(self) -> Matrix:
         """The seen classes in the same form and length: (S, E')."""

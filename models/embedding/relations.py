@@ -34,19 +34,17 @@ def weighted_average(
     paper, rows do not sum to one: normalise what they compose. Fewer seen classes than `n_neighbors`: all are used.
     """
     unseen, seen = check_knowledge(knowledge_unseen, knowledge_seen)
-    if n_neighbors < 1:
-        raise InvalidInput(f"n_neighbors is {n_neighbors}; use at least 1.", field="n_neighbors")
-    if not (math.isfinite(eta) and eta >= 0):
-        raise InvalidInput(f"eta is {eta}; use a finite number of at least 0.", field="eta")
-    unseen, seen = unit_rows(unseen), unit_rows(seen)
-    n_neighbors = min(n_neighbors, len(seen))
-    relations = np.zeros((len(unseen), len(seen)))
-    for rows in _blocks(len(unseen), len(seen)):
-        distances = np.sqrt(np.maximum(2 - 2 * unseen[rows] @ seen.T, 0))
-        nearest = np.argsort(distances, axis=1, kind="stable")[:, :n_neighbors]
-        weights = np.exp(-eta * np.take_along_axis(distances, nearest, axis=1)) / n_neighbors
-        np.put_along_axis(relations[rows], nearest, weights, axis=1)
-    return relations
+    _check_average(n_neighbors, eta)
+    return _average(unseen, seen, n_neighbors, eta, is_normalized=False)
+
+
+def normalized_average(
+    knowledge_unseen: FloatArray, knowledge_seen: FloatArray, *, n_neighbors: int = 5, eta: float = 5.0
+) -> Matrix:
+    """WAvg with rows that sum to one: the same directions as Eq. 10 gives, also where its weights underflow."""
+    unseen, seen = check_knowledge(knowledge_unseen, knowledge_seen)
+    _check_average(n_neighbors, eta)
+    return _average(unseen, seen, n_neighbors, eta, is_normalized=True)
 
 
 def similarity_matrix_optimization(
@@ -159,6 +157,30 @@ def check_rows(vectors: FloatArray, name: str) -> Matrix:
             field=f"{name}/{row}",
         )
     return rows
+
+
+def _check_average(n_neighbors: int, eta: float) -> None:
+    if n_neighbors < 1:
+        raise InvalidInput(f"n_neighbors is {n_neighbors}; use at least 1.", field="n_neighbors")
+    if not (math.isfinite(eta) and eta >= 0):
+        raise InvalidInput(f"eta is {eta}; use a finite number of at least 0.", field="eta")
+
+
+def _average(unseen: Matrix, seen: Matrix, n_neighbors: int, eta: float, *, is_normalized: bool) -> Matrix:
+    unseen, seen = unit_rows(unseen), unit_rows(seen)
+    n_neighbors = min(n_neighbors, len(seen))
+    relations = np.zeros((len(unseen), len(seen)))
+    for rows in _blocks(len(unseen), len(seen)):
+        distances = np.sqrt(np.maximum(2 - 2 * unseen[rows] @ seen.T, 0))
+        nearest = np.argsort(distances, axis=1, kind="stable")[:, :n_neighbors]
+        near = np.take_along_axis(distances, nearest, axis=1)
+        if is_normalized:
+            weights = np.exp(-eta * (near - near[:, :1]))
+            weights /= weights.sum(axis=1, keepdims=True)
+        else:
+            weights = np.exp(-eta * near) / n_neighbors
+        np.put_along_axis(relations[rows], nearest, weights, axis=1)
+    return relations
 
 
 def _check_width(unseen_dim: int, seen_dim: int) -> None:

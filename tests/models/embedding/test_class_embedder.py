@@ -35,9 +35,17 @@ def test_plain_smo_is_equation_12_at_unit_length(alpha: int) -> None:
 def test_centred_wavg_centres_the_average_and_not_its_short_printed_form() -> None:
     vectors, relations = embedder("wavg", form="centred", n_neighbors=3).embed(KNOWLEDGE[6:])
     weights = weighted_average(KNOWLEDGE[6:], KNOWLEDGE[:6], n_neighbors=3)
-    np.testing.assert_allclose(relations, weights)
-    centred = weights / weights.sum(axis=1, keepdims=True) @ SEEN - SEEN.mean(axis=0)
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(relations, shares)
+    centred = shares @ SEEN - SEEN.mean(axis=0)
     np.testing.assert_allclose(vectors, centred / np.linalg.norm(centred, axis=1, keepdims=True))
+
+
+def test_wavg_whose_weights_underflow_still_has_a_direction() -> None:
+    vectors, relations = embedder("wavg", eta=1000).embed(KNOWLEDGE[6:])
+    nearest = np.argmax(unit_rows(KNOWLEDGE[6:]) @ unit_rows(KNOWLEDGE[:6]).T, axis=1)
+    np.testing.assert_array_equal(relations.argmax(axis=1), nearest)
+    assert np.isfinite(vectors).all()
 
 
 def test_fused_halves_are_the_centred_vector_and_the_centred_knowledge() -> None:
