@@ -131,7 +131,7 @@ class BackboneEmbedding(_PatchEmbedding):
 class KMeansEmbedding(_PatchEmbedding):
     """k-means-SMO of the paper: a^k = cosine(feature, centre k). Also learned: centres_ (E, D) float32.
 
-    Tables over `RESIDENT_BYTES` are clustered by mini-batches read in a seeded order, so memory stays flat.
+    Tables over `RESIDENT_BYTES` are clustered by random mini-batches, so memory stays flat.
     """
 
     method = "kmeans"
@@ -169,22 +169,19 @@ class KMeansEmbedding(_PatchEmbedding):
         return model.fit(np.asarray(features, dtype=np.float32))
 
     def _streamed(self, features: FloatArray, on_progress: OnProgress) -> MiniBatchKMeans:
-        """Blocks in a new random order each pass, until the centres move by less than 1 % or the passes run out."""
+        """Passes over random batches, until the centres move by less than 1 % or the passes run out."""
         size = max(self.params.n_clusters, self.resident_bytes // (8 * features.shape[1]))
+        n_batches = max(1, len(features) // size)
         model = MiniBatchKMeans(self.params.n_clusters, n_init=3, random_state=self.seed)
-        order = np.random.default_rng(self.seed)
-        parts = list(blocks(len(features), size))
-        if len(features) - parts[-1].start < self.params.n_clusters and len(parts) > 1:
-            parts = [*parts[:-2], slice(parts[-2].start, len(features))]  # the first part must fill all clusters
+        random = np.random.default_rng(self.seed)
         for done in range(1, self.params.max_iterations + 1):
-            before = getattr(model, "cluster_centers_", None)
-            for part in order.permutation(len(parts)):
-                model.partial_fit(np.asarray(features[parts[part]], dtype=np.float32))
+            before = np.array(getattr(model, "cluster_centers_", 0.0))
+            # a table is ordered by class: consecutive rows would teach the clusters one class at a time
+            for batch in np.array_split(random.permutation(len(features)), n_batches):
+                model.partial_fit(np.asarray(features[np.sort(batch)], dtype=np.float32))
             on_progress(Progress("clustering", done, self.params.max_iterations))
-            if before is not None:
-                moved = np.linalg.norm(model.cluster_centers_ - before) / np.linalg.norm(before)
-                if moved < 0.01:
-                    break
+            if np.linalg.norm(model.cluster_centers_ - before) < 0.01 * np.linalg.norm(before):
+                break
         return model
 
     def _embed(self, features: FloatArray) -> FloatArray:

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.base import FloatArray, IntArray, PatchTable
+from models.embedding.clustering import PatchClustering
+from models.embedding.finetune import BackboneRows, TrainableBackbone
+from models.embedding.storage import load_backbone_weights
+from models.errors import InvalidInput
+from models.params import ClusteringParams
+
+N_CLASSES, IMAGES, PATCHES = 4, 6, 4
+
+
+class _TinyNetwork(nn.Module):
+    """uint8 (B, 3, 12, 12) -> (B, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+        self.last = nn.Linear(32, 16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.last(self.layers(pixels.float() / 255))
+        return features
+
+
+def _pixels() -> Tensor:
+    """Patches with a colour and a stripe direction of their class."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (N_CLASSES * IMAGES * PATCHES, 3, 12, 12), generator=generator)
+    for row in range(len(images)):
+        label = row // (IMAGES * PATCHES)
+        images[row, label % 3] += 120
+        if label >= 2:
+            images[row, :, ::2] += 60
+    return images.to(torch.uint8)
+
+
+def _problem() -> tuple[PatchTable, FloatArray, TrainableBackbone]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = _TinyNetwork().eval()
+    pixels = _pixels()
+
+    def read(rows: IntArray) -> Tensor:
+        return pixels[torch.from_numpy(np.asarray(rows))]
+
+    with torch.inference_mode():
+        features = network(pixels).numpy()
+    labels = np.repeat(np.arange(N_CLASSES), IMAGES)
+    table = PatchTable(features, np.repeat(np.arange(len(labels)), PATCHES), labels, ("a", "b", "c", "d"))
+    knowledge = np.eye(N_CLASSES, dtype=np.float32)
+    return table, knowledge, TrainableBackbone(network, read, learning_rate_factor=0.1, chunk=10)
+
+
+def _params(epochs: int = 8) -> ClusteringParams:
+    return ClusteringParams(
+        mode="finetune", n_clusters=8, n_neighbors=4, epochs=epochs, batch_size=32, learning_rate=0.02
+    )
+
+
+def test_the_loss_falls_and_backbone_and_heads_learn() -> None:
+    table, knowledge, backbone = _problem()
+    before = {name: weight.clone() for name, weight in backbone.module.state_dict().items()}
+    model = PatchClustering(_params()).fit(table, knowledge, backbone=backbone)
+    assert model.history_[-1]["loss"] < model.history_[0]["loss"]
+    assert model.backbone_ is not None
+    trained = model.backbone_.state_dict()
+    assert not torch.equal(trained["layers.0.weight"], before["layers.0.weight"])
+    assert not torch.equal(trained["last.weight"], before["last.weight"])
+    for name, weight in backbone.module.state_dict().items():
+        assert torch.equal(weight, before[name]), f"the caller's {name} was changed"
+
+
+def test_class_embeddings_come_from_refreshed_features() -> None:
+    table, knowledge, backbone = _problem()
+    model = PatchClustering(_params()).fit(table, knowledge, backbone=backbone)
+    assert model.backbone_ is not None
+    with torch.inference_mode():
+        fresh = model.backbone_(_pixels()).numpy()
+    by_class = model.assign(fresh).reshape(N_CLASSES, IMAGES * PATCHES, -1).mean(axis=1)
+    np.testing.assert_allclose(model.class_embeddings_, by_class, atol=1e-5)
+    stale = model.assign(table.features).reshape(N_CLASSES, IMAGES * PATCHES, -1).mean(axis=1)
+    assert np.abs(stale - by_class).max() > 1e-3
+
+
+def test_epoch_choice_leaves_each_run_its_own_backbone() -> None:
+    table, knowledge, backbone = _problem()
+    chosen = PatchClustering(_params(3)).fit(table, knowledge, backbone=backbone, validation_classes=["a", "d"])
+    plain = PatchClustering(_params(chosen.best_epoch_)).fit(table, knowledge, backbone=backbone)
+    np.testing.assert_array_equal(chosen.class_embeddings_, plain.class_embeddings_)
+
+
+def test_chunks_change_neither_features_nor_gradients() -> None:
+    _, _, backbone = _problem()
+    gradients = []
+    for chunk in (7, 1000):
+        rows = BackboneRows(TrainableBackbone(backbone.module, backbone.read_patches, chunk=chunk), np.arange(40) * 2)
+        rows.rows(torch.arange(40)).square().sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append([parameter.grad for parameter in rows.module.parameters()])
+    for small, large in zip(*gradients, strict=True):
+        torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_weights_are_saved_beside_the_heads(tmp_path: Path) -> None:
+    table, knowledge, backbone = _problem()
+    model = PatchClustering(_params(1)).fit(table, knowledge, backbone=backbone)
+    model.save(tmp_path)
+    weights = load_backbone_weights(tmp_path)
+    assert model.backbone_ is not None
+    assert all(torch.equal(weights[name], value) for name, value in model.backbone_.state_dict().items())
+    frozen = _params(1).model_copy(update={"mode": "frozen"})
+    PatchClustering(frozen).fit(table, knowledge).save(tmp_path / "frozen")
+    with pytest.raises(InvalidInput, match="no fine-tuned backbone"):
+        load_backbone_weights(tmp_path / "frozen")
+
+
+def test_mode_and_backbone_must_agree() -> None:
+    table, knowledge, backbone = _problem()
+    with pytest.raises(InvalidInput, match="needs a backbone"):
+        PatchClustering(_params()).fit(table, knowledge)
+    frozen = _params().model_copy(update={"mode": "frozen"})
+    with pytest.raises(InvalidInput, match="takes none"):
+        PatchClustering(frozen).fit(table, knowledge, backbone=backbone)
