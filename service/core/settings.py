@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     inference_url: str = Field(
         "", description="http:// or unix:// address of the inference process; empty: embedded socket."
     )
+    inference_listen: str = Field(
+        "", description="Where the inference process listens, if not at inference_url: http://0.0.0.0:8001."
+    )
     device: str = Field("auto", description="Device of workers and inference: auto, cpu, cuda or cuda:N.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of one worker; 0: all cores.")
     queue: str = Field("unseen", pattern=r"^[a-z0-9_-]{1,64}$", description="Queue that jobs go to and workers read.")

@@ -1,0 +1,280 @@
+"""What the inference process keeps loaded: knowledge sources, embedders, classifiers with their class tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from models.base import FloatArray
+from models.embedding.class_embedder import ClassEmbedder
+from models.errors import InvalidInput
+from models.knowledge.base import KnowledgeSource, Lookup, require
+from models.knowledge.names import normalize_class_name
+from models.params import BackboneParams
+from models.zero_shot.base import load_classifier
+from service.core import repositories
+from service.core.artifacts import ArtifactStore
+from service.core.db import Database
+from service.core.errors import Conflict
+from service.core.settings import Settings
+from service.core.tables import Classifier, EmbeddingSet, Knowledge
+from workers.backbones import BACKBONE_FILE
+from workers.embedding import provenance
+from workers.engine import Resident
+from workers.sources import open_backbone, open_knowledge, unpack
+from workers.training import CLASSES_FILE, EMBEDDER_FILES
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+CLASSIFIER_FILES = ("manifest.json", "model.safetensors")
+
+
+class Recent(Generic[Key, Value]):
+    """The `n` values used last, made on demand, each once however many threads ask."""
+
+    def __init__(self, n: int, make: Callable[[Key], Value]) -> None:
+        self._n = n
+        self._make = make
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+        self._making: dict[Key, threading.Lock] = {}
+
+    def get(self, key: Key) -> Value:
+        """The value of `key`."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if key in self._values:
+                    return self._values[key]
+            value = self._make(key)
+            with self._lock:
+                self._values[key] = value
+                self._making.pop(key, None)
+                while len(self._values) > self._n:
+                    self._values.popitem(last=False)
+            return value
+
+    def keys(self) -> list[Key]:
+        """Keys of what is held, the one used last at the end."""
+        with self._lock:
+            return list(self._values)
+
+
+@dataclass(frozen=True)
+class NewClass:
+    """A predicted class: vector as little-endian float32 bytes, and how it came about."""
+
+    name: str
+    vector: bytes
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Competing:
+    """A classifier with the classes that compete in one request, and what is known of their origin."""
+
+    resident: Resident
+    provenance: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _ClassTable:
+    """All classes of a classifier at one version of its embedding set."""
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+    is_seen: np.ndarray[Any, np.dtype[np.bool_]]
+    provenance: dict[str, dict[str, Any]]
+    position: dict[str, int]
+
+
+class Library:
+    """Loads by id and keeps what was used lately. All methods may be called from any thread."""
+
+    def __init__(self, database: Database, store: ArtifactStore, settings: Settings, *, device: str) -> None:
+        self._database = database
+        self._store = store
+        self._settings = settings
+        self._device = device
+        self._knowledge: Recent[str, KnowledgeSource] = Recent(16, self._open_knowledge)
+        self._embedders: Recent[str, ClassEmbedder] = Recent(16, self._open_embedder)
+        self._classifiers: Recent[str, Resident] = Recent(8, self._open_classifier)
+        self._backbones: Recent[str, Any] = Recent(4, self._open_backbone)
+        self._uses: dict[str, str] = {}  # digest of a backbone -> a classifier that was trained with it
+        self._tables: Recent[tuple[str, int], _ClassTable] = Recent(8, self._read_table)
+
+    def resident_names(self) -> list[str]:
+        """Ids of the classifiers held."""
+        return self._classifiers.keys()
+
+    def lookup(self, knowledge_id: str, names: Sequence[str]) -> Lookup:
+        """How names resolve in a knowledge source."""
+        return self._knowledge.get(knowledge_id).lookup(names)
+
+    def relate(self, set_id: str, names: Sequence[str], relation: str | None = None) -> list[NewClass]:
+        """Embeddings of new unseen classes; MissingKnowledge where their names do not resolve."""
+        with self._database.read() as session:
+            row = repositories.get(session, EmbeddingSet, set_id)
+        if row.status != "ready":
+            raise Conflict(f"Embedding set {set_id!r} is {row.status}.")
+        embedder = self._embedders.get(set_id)
+        if relation is not None and relation != embedder.relation:
+            embedder = dataclasses.replace(embedder, relation=relation)  # type: ignore[arg-type]
+        knowledge = require(self.lookup(row.knowledge_id, names), field="class_names")
+        vectors, relations = embedder.embed(knowledge)
+        return [
+            NewClass(name, np.ascontiguousarray(vector, dtype="<f4").tobytes(), provenance(embedder, coefficients))
+            for name, vector, coefficients in zip(names, vectors, relations, strict=True)
+        ]
+
+    def competing(self, classifier_id: str, scope: str, class_names: Sequence[str] | None) -> Competing:
+        """The classes of a request: all of a scope, or those named; names it does not know are predicted."""
+        with self._database.read() as session:
+            row = repositories.get(session, Classifier, classifier_id)
+            version = (
+                repositories.get(session, EmbeddingSet, row.embedding_set_id).version if row.embedding_set_id else 0
+            )
+        resident = self._classifiers.get(classifier_id)
+        table = self._tables.get((classifier_id, version))
+        in_scope = {"all": np.ones_like(table.is_seen), "seen": table.is_seen, "unseen": ~table.is_seen}[scope]
+        if class_names is None:
+            chosen = np.flatnonzero(in_scope)
+            names = [table.names[i] for i in chosen]
+            found = _rows(table, chosen)
+        else:
+            names = list(class_names)
+            found = self._named(row, table, names, in_scope)
+        if not names:
+            raise InvalidInput(f"The classifier has no {scope} classes.", field="scope")
+        embeddings, is_seen, origin = found
+        asked = dataclasses.replace(resident, class_names=tuple(names), embeddings=embeddings, is_seen=is_seen)
+        return Competing(asked, origin)
+
+    def _named(
+        self, row: Classifier, table: _ClassTable, names: Sequence[str], in_scope: np.ndarray[Any, Any]
+    ) -> tuple[FloatArray, np.ndarray[Any, Any], dict[str, dict[str, Any]]]:
+        positions = [table.position.get(normalize_class_name(name)) for name in names]
+        only_seen = bool((in_scope == table.is_seen).all())  # then names to be predicted are outside, too
+        outside = [n for n, p in zip(names, positions, strict=True) if (only_seen if p is None else not in_scope[p])]
+        if outside:
+            raise InvalidInput(f"{outside[0]!r} is not in the scope asked for.", field="class_names")
+        embeddings = np.zeros((len(names), table.embeddings.shape[1]), dtype=np.float32)
+        is_seen = np.zeros(len(names), dtype=np.bool_)
+        origin: dict[str, dict[str, Any]] = {}
+        new = [(i, name) for i, (name, p) in enumerate(zip(names, positions, strict=True)) if p is None]
+        for i, position in enumerate(positions):
+            if position is not None:
+                embeddings[i], is_seen[i] = table.embeddings[position], table.is_seen[position]
+                if table.names[position] in table.provenance:
+                    origin[names[i]] = table.provenance[table.names[position]]
+        for (i, name), (vector, how) in zip(new, self._predicted(row, [name for _, name in new]), strict=True):
+            embeddings[i], origin[name] = vector, how
+        return embeddings, is_seen, origin
+
+    def _predicted(self, row: Classifier, names: Sequence[str]) -> list[tuple[FloatArray, dict[str, Any]]]:
+        if not names:
+            return []
+        if row.embedding_set_id is not None:
+            classes = self.relate(row.embedding_set_id, names)
+            return [(np.frombuffer(c.vector, dtype="<f4"), c.provenance) for c in classes]
+        vectors = require(self.lookup(row.knowledge_id or "", names), field="class_names")
+        return [(vector, {"source": "knowledge"}) for vector in vectors]
+
+    # ---- loading --------------------------------------------------------------------------------
+
+    def _open_knowledge(self, knowledge_id: str) -> KnowledgeSource:
+        with self._database.read() as session:
+            row = repositories.get(session, Knowledge, knowledge_id)
+        if row.status != "ready":
+            raise Conflict(f"Knowledge {knowledge_id!r} is {row.status}.")
+        return open_knowledge(row, self._store, self._settings)
+
+    def _directory(self, *parts: str) -> Path:
+        return self._settings.cache_dir.joinpath("inference", *parts)
+
+    def _open_embedder(self, set_id: str) -> ClassEmbedder:
+        with self._database.read() as session:
+            row = repositories.get(session, EmbeddingSet, set_id)
+        return ClassEmbedder.load(unpack(self._store, row.artifacts, EMBEDDER_FILES, self._directory(set_id)))
+
+    def _open_classifier(self, classifier_id: str) -> Resident:
+        with self._database.read() as session:
+            row = repositories.get(session, Classifier, classifier_id)
+        if row.status != "ready":
+            raise Conflict(f"Classifier {classifier_id!r} is {row.status}.")
+        if not row.metrics.get("backbone"):
+            raise InvalidInput(
+                "This classifier was trained on precomputed features, so it cannot read images. "
+                "Train one on a dataset of images."
+            )
+        directory = unpack(self._store, row.artifacts, CLASSIFIER_FILES, self._directory(classifier_id))
+        model = load_classifier(directory, device=self._device)
+        digest = row.metrics["backbone"]["digest"]
+        self._uses[digest] = classifier_id
+        return Resident(
+            classifier=model,
+            backbone=self._backbones.get(digest),
+            size=row.metrics["image_size"],
+            class_names=(),
+            embeddings=np.zeros((0, 0), dtype=np.float32),
+            is_seen=np.zeros(0, dtype=np.bool_),
+            gamma=model.gamma_,
+            temperature=model.temperature_,
+        )
+
+    def _open_backbone(self, digest: str) -> Any:
+        """One network for all classifiers that were trained with it."""
+        classifier_id = self._uses[digest]
+        with self._database.read() as session:
+            row = repositories.get(session, Classifier, classifier_id)
+        described = row.metrics["backbone"]
+        params = BackboneParams.model_validate({name: described[name] for name in BackboneParams.model_fields})
+        weights = None
+        if BACKBONE_FILE in row.artifacts:
+            weights = (
+                unpack(self._store, row.artifacts, (BACKBONE_FILE,), self._directory(classifier_id)) / BACKBONE_FILE
+            )
+        backbone = open_backbone(params, self._settings, device=self._device, weights=weights)
+        if backbone.digest != digest:
+            raise Conflict("The weights this classifier was trained with have changed on this server. Train it again.")
+        return backbone
+
+    def _read_table(self, key: tuple[str, int]) -> _ClassTable:
+        classifier_id, _version = key
+        with self._database.read() as session:
+            row = repositories.get(session, Classifier, classifier_id)
+            rows = repositories.classes_of(session, row.embedding_set_id) if row.embedding_set_id else []
+        seen, unseen = row.request["seen_classes"], row.request["unseen_classes"]
+        if row.embedding_set_id is None:
+            directory = unpack(self._store, row.artifacts, (CLASSES_FILE,), self._directory(classifier_id))
+            names = (*seen, *unseen)
+            embeddings = load_file(directory / CLASSES_FILE)["embeddings"]
+            is_seen = np.arange(len(names)) < len(seen)
+            origin: dict[str, dict[str, Any]] = {}
+        else:
+            # Classes added to the set after training compete too; seen ones the classifier did not train on do not.
+            used = [c for c in rows if not c.is_seen or c.name in set(seen)]
+            names = tuple(c.name for c in used)
+            embeddings = np.stack([np.frombuffer(c.vector, dtype="<f4") for c in used])
+            is_seen = np.array([c.name in set(seen) for c in used], dtype=np.bool_)
+            origin = {c.name: c.provenance for c in used}
+        position = {normalize_class_name(name): i for i, name in enumerate(names)}
+        return _ClassTable(names, embeddings, is_seen, origin, position)
+
+
+def _rows(
+    table: _ClassTable, chosen: np.ndarray[Any, Any]
+) -> tuple[FloatArray, np.ndarray[Any, Any], dict[str, dict[str, Any]]]:
+    return table.embeddings[chosen], table.is_seen[chosen], table.provenance
