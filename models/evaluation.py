@@ -135,36 +135,36 @@ def top_k(scores: FloatArray, k: int) -> IntArray:
 def choose_gamma(scores: FloatArray, labels: IntArray, is_seen: BoolArray) -> tuple[float, GZSLReport]:
     """The gamma with the highest H on these images, and U, S, H there (`per_class` empty).
 
-    Exact, not a grid: an image changes from its best seen to its best unseen class when gamma passes the difference
-    of the two scores, so H only changes at those N differences; the answer is the middle of the best interval between
-    two neighbours (the widest of equals). `labels` index the columns of `scores`.
+    `labels` index the columns of `scores`; TooFewSamples unless there are images of both sides.
     """
-    scores, labels, is_seen = np.asarray(scores, np.float64), np.asarray(labels), np.asarray(is_seen, dtype=bool)
-    of_seen = is_seen[labels]  # (N,)
-    if not of_seen.any() or of_seen.all():
-        raise TooFewSamples("Choosing gamma needs images of at least one seen and one unseen class.")
-    best_seen, seen_score = _best(scores, is_seen)
-    best_unseen, unseen_score = _best(scores, ~is_seen)
-    change = seen_score - unseen_score  # (N,) gamma at which an image goes over to the unseen side
-    weight = _class_weights(labels, of_seen)
+    return choose_common_gamma([(scores, labels, is_seen)])
+
+
+def choose_common_gamma(rankings: Sequence[tuple[FloatArray, IntArray, BoolArray]]) -> tuple[float, GZSLReport]:
+    """One gamma for several (scores, labels, is_seen): the highest H of their mean U and mean S.
+
+    Exact, not a grid: an image changes from its best seen to its best unseen class when gamma passes the difference
+    of the two scores, so H only changes at those differences; the answer is the middle of the best interval between
+    two neighbours (the widest of equals).
+    """
+    parts = [_switches(*ranking) for ranking in rankings]
+    change, gain_u, loss_s = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(change, kind="stable")
-    gain_u = (weight * (~of_seen & (best_unseen == labels)))[order]
-    loss_s = (weight * (of_seen & (best_seen == labels)))[order]
     points, first = np.unique(change[order], return_index=True)
     last = np.append(first[1:], len(order))  # images below the upper end of each interval
-    u = np.append(0.0, np.cumsum(gain_u)[last - 1])
-    s = loss_s.sum() - np.append(0.0, np.cumsum(loss_s)[last - 1])
+    u = np.append(0.0, np.cumsum(gain_u[order])[last - 1]) / len(parts)
+    s = (loss_s.sum() - np.append(0.0, np.cumsum(loss_s[order])[last - 1])) / len(parts)
     h = np.divide(2 * u * s, u + s, out=np.zeros_like(u), where=u + s > 1e-12)
     # Interval i lies between points[i - 1] and points[i]; the two outer ones have no end of their own.
-    rounding = 1e-6 * float(np.abs(scores).max())  # of float32 scores; it may not decide
+    rounding = 1e-6 * max(float(np.abs(scores).max()) for scores, _, _ in rankings)  # of float32; it may not decide
     margin = max(float(np.ptp(points)) * 0.01, rounding) or 1.0
     edges = np.concatenate([[points[0] - 2 * margin], points, [points[-1] + 2 * margin]])
     h[np.diff(edges) <= rounding] = -1
     best = np.flatnonzero(h >= h.max() - 1e-12)
     pick = int(best[np.argmax(np.diff(edges)[best])])
     gamma = float((edges[pick] + edges[pick + 1]) / 2)
-    n_seen = int(of_seen.sum())
-    found = GZSLReport(float(u[pick]), float(s[pick]), float(h[pick]), gamma, {}, (), len(labels) - n_seen, n_seen)
+    n_seen = sum(int(np.sum(is_seen[labels])) for _, labels, is_seen in rankings)
+    found = GZSLReport(float(u[pick]), float(s[pick]), float(h[pick]), gamma, {}, (), len(change) - n_seen, n_seen)
     return gamma, found
 
 
@@ -260,6 +260,19 @@ def _best(scores: FloatArray, columns: BoolArray) -> tuple[IntArray, FloatArray]
     which = np.flatnonzero(columns)
     position = np.argmax(scores[:, which], axis=1)
     return which[position], scores[np.arange(len(scores)), which[position]]
+
+
+def _switches(scores: FloatArray, labels: IntArray, is_seen: BoolArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """For each image: the gamma at which it goes over to the unseen side, what U gains by that and what S loses."""
+    scores, labels, is_seen = np.asarray(scores, np.float64), np.asarray(labels), np.asarray(is_seen, dtype=bool)
+    of_seen = is_seen[labels]  # (N,)
+    if not of_seen.any() or of_seen.all():
+        raise TooFewSamples("Choosing gamma needs images of at least one seen and one unseen class.")
+    best_seen, seen_score = _best(scores, is_seen)
+    best_unseen, unseen_score = _best(scores, ~is_seen)
+    weight = _class_weights(labels, of_seen)
+    gain_u = weight * (~of_seen & (best_unseen == labels))
+    return seen_score - unseen_score, gain_u, weight * (of_seen & (best_seen == labels))
 
 
 def _class_weights(labels: IntArray, of_seen: BoolArray) -> FloatArray:

@@ -128,6 +128,13 @@ class SJEParams(Params):
         "minmax", description="Scaling of the image features."
     )
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes, then refit on all.")
+    folds: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="Groups of seen classes that take turns as unseen while settings are chosen, the validation "
+        "classes first; 1: the validation classes alone.",
+    )
 
 
 class ESZSLParams(Params):
@@ -137,4 +144,11 @@ class ESZSLParams(Params):
     lamda: float | None = Field(None, gt=0, description="Ridge on embeddings; empty: chosen on validation classes.")
     normalize: Literal["centered", "minmax", "l2", "none"] = Field(
         "centered", description="Scaling of the image features."
+    )
+    folds: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="Groups of seen classes that take turns as unseen while settings are chosen, the validation "
+        "classes first; 1: the validation classes alone.",
     )

@@ -1,17 +1,16 @@
 """The contract of every zero-shot classifier, and the choosing on validation classes that all of them share.
 
-`fit` gets training images of seen classes and nothing else, so no test image can leak into it. Some seen classes, the
-validation classes, are treated as if they were unseen: a trial model learns from the other seen classes (less a
-held-out slice of their images), settings are chosen by T1 on the validation images, gamma by H on validation images
-and held-out slice, the temperature by likelihood on both; then the model learns from all seen classes with that choice.
+`fit` gets training images of seen classes and nothing else, so no test image can leak into it. Groups of seen classes
+take turns in standing for unseen ones, the named validation classes first (a fold each): a trial model learns from the
+other seen classes, less a held-out slice of their images. Settings are chosen by T1 on the fold's images, gamma by H on
+them and the slice, the temperature by likelihood on both; then the model learns from all seen classes with that choice.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,38 +19,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, ignore_progress
+from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress, ignore_progress
 from models.catalog import get_method
 from models.errors import InvalidInput, NotFitted, ShapeMismatch, TooFewSamples
 from models.evaluation import zsl_report
 from models.params import Params
-from models.zero_shot.calibration import Calibration, calibrate
+from models.zero_shot.calibration import Calibration, FoldScores, calibrate
+from models.zero_shot.folds import Rows, class_folds, held_out_slice
 from models.zero_shot.scaling import FeatureScaling, Scaling, unit_rows
 
-HELD_OUT_SHARE = 0.2
-"""Share of each class's training images that stands in for seen test images while gamma is chosen."""
-
 Setting = dict[str, float]
-Scored = Callable[[], float]
+History = list[dict[str, float]]
 
 _FORMAT = 1
 _WEIGHTS, _MANIFEST = "model.safetensors", "manifest.json"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Scaled features (n_images, feature_dim) float32, labels into unit `embeddings` (n_classes, embedding_dim)."""
-
-    features: FloatArray
-    labels: IntArray
-    embeddings: FloatArray
-
-    def of(self, classes: IntArray, keep: IntArray | None = None) -> Rows:
-        """The images of `classes` (those also in `keep`, row numbers, if given), relabelled 0, 1, ... in that order."""
-        position = np.full(len(self.embeddings), -1)
-        position[classes] = np.arange(len(classes))
-        rows = np.flatnonzero(position[self.labels] >= 0) if keep is None else keep[position[self.labels[keep]] >= 0]
-        return Rows(self.features[rows], position[self.labels[rows]], self.embeddings[classes])
 
 
 class ZeroShotModel(ABC):
@@ -79,14 +60,19 @@ class ZeroShotModel(ABC):
     # -- what a method writes ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _learn(
-        self, train: Rows, validation: Rows | None, setting: Setting | None, on_progress: OnProgress
-    ) -> tuple[Setting, list[dict[str, float]]]:
-        """Learn from `train`; return the setting used and the history.
+    def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
+        """Learn from `train` with `setting` (None: the defaults); return the setting in full, and the history."""
 
-        With `validation` (classes apart from the training ones): choose the setting with the best T1 on it and end
-        in that state. Without: use `setting`, or the defaults where it is None.
+    @abstractmethod
+    def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
+        """Learn from `train` with each setting there is; one dict each, in a fixed order, with its `validation_t1`.
+
+        `validation` holds classes apart from the training ones. Empty where there is nothing to choose.
         """
+
+    @abstractmethod
+    def _pick(self, tried: list[History]) -> Setting:
+        """The setting that does best over what `_try_settings` found on each fold."""
 
     @abstractmethod
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
@@ -126,26 +112,20 @@ class ZeroShotModel(ABC):
         raw, embeddings = _checked(features, class_embeddings)
         names = features.class_names
         held_classes = _positions(names, validation_classes)
-        choice_embeddings = embeddings.copy()
+        for_choice = embeddings.copy()
         if validation_embeddings is not None:
-            given = _unit_embeddings(validation_embeddings)
-            if given.shape != (len(held_classes), embeddings.shape[1]):
-                raise ShapeMismatch(
-                    f"validation_embeddings {given.shape} must be {(len(held_classes), embeddings.shape[1])}."
-                )
-            choice_embeddings[held_classes] = given
-        trial = type(self)(self.params, seed=self.seed, device=self.device)
-        setting, history, calibration = trial._choose(
-            raw, features.labels, choice_embeddings, names, held_classes, on_progress
-        )
+            for_choice[held_classes] = _matching(validation_embeddings, (len(held_classes), embeddings.shape[1]))
+        n_folds = 1 if validation_embeddings is not None else int(getattr(self.params, "folds", 1))
+        folds = class_folds(len(names), held_classes, n_folds, self.seed)
+        setting, tried, calibration = self._choose(raw, features.labels, for_choice, names, folds, on_progress)
         self._scaling = FeatureScaling(self._scaling_kind()).fit(raw)
         rows = Rows(self._scaling(raw), features.labels, embeddings)
-        used, final = self._learn(rows, None, setting, on_progress)
+        used, trained = self._learn(rows, setting, on_progress)
         self.class_names_ = tuple(names)
-        self.history_ = history or final
+        self.history_ = tried or trained
         self.best_epoch_ = int(used["epoch"]) if "epoch" in used else None
-        # Scores of the final model spread a little more or less than the trial's; gamma and temperature go along.
-        spread = self._spread(rows) / calibration.spread
+        # gamma and temperature were found relative to how far a model's scores spread.
+        spread = self._spread(rows)
         self.gamma_, self.temperature_ = calibration.gamma * spread, calibration.temperature * spread
         self.validation_ = {**calibration.report, "setting": used}
         self._dims = (raw.shape[1], embeddings.shape[1])
@@ -218,32 +198,48 @@ class ZeroShotModel(ABC):
         labels: IntArray,
         embeddings: FloatArray,
         names: Sequence[str],
-        held_classes: IntArray,
+        folds: list[IntArray],
         on_progress: OnProgress,
-    ) -> tuple[Setting | None, list[dict[str, float]], Calibration]:
-        """As a trial: learn from a part, choose the setting, gamma and temperature on the rest."""
-        kept_classes = np.setdiff1d(np.arange(len(names)), held_classes)
-        if len(kept_classes) < 2:
-            raise TooFewSamples(
-                f"{len(kept_classes)} seen class(es) remain beside {len(held_classes)} for validation; "
-                "at least 2 are needed. Name fewer validation classes or add seen ones."
+    ) -> tuple[Setting | None, History, Calibration]:
+        """The setting that does best over the folds, what was tried, and gamma and temperature with that setting."""
+        slice_rows, learn_rows = held_out_slice(labels, self.seed)
+        trials = [self._trial(raw, labels, embeddings, fold, learn_rows) for fold in folds]
+        tried = [
+            trial._try_settings(train, held, _part(on_progress, "choosing", i, len(trials)))
+            for i, (trial, _, train, held) in enumerate(trials)
+            if len(held.embeddings) > 1  # among a single class, everything is right
+        ]
+        tried = [history for history in tried if history]
+        setting = self._pick(tried) if tried else None
+        outcomes = []
+        for i, (trial, rows, train, held) in enumerate(trials):
+            kept = np.setdiff1d(np.arange(len(names)), folds[i])
+            trial._learn(train, setting, _part(on_progress, "calibrating", i, len(trials)))
+            seen_slice = rows.of(kept, slice_rows)
+            scores = trial._compatibility(
+                np.concatenate([seen_slice.features, held.features]), embeddings[np.r_[kept, folds[i]]]
             )
-        slice_rows, learn_rows = _held_out_slice(labels, self.seed)
-        scaling = FeatureScaling(self._scaling_kind()).fit(raw[learn_rows[~np.isin(labels[learn_rows], held_classes)]])
+            truth = np.concatenate([seen_slice.labels, held.labels + len(kept)])
+            outcomes.append(
+                FoldScores(scores / trial._spread(train), truth, len(kept), tuple(names[c] for c in folds[i]))
+            )
+        return setting, mean_history(tried), calibrate(outcomes)
+
+    def _trial(
+        self, raw: FloatArray, labels: IntArray, embeddings: FloatArray, fold: IntArray, learn_rows: IntArray
+    ) -> tuple[Self, Rows, Rows, Rows]:
+        """An unfitted model of the same parameters; all rows as it scales them; its training rows; the fold's rows."""
+        kept = np.setdiff1d(np.arange(len(embeddings)), fold)
+        if len(kept) < 2:
+            raise TooFewSamples(
+                f"{len(kept)} seen class(es) remain beside {len(fold)} for validation; at least 2 are needed. "
+                "Name fewer validation classes or add seen ones.",
+                field="validation_classes",
+            )
+        scaling = FeatureScaling(self._scaling_kind()).fit(raw[learn_rows[~np.isin(labels[learn_rows], fold)]])
         rows = Rows(scaling(raw), labels, embeddings)
-        train, held = rows.of(kept_classes, learn_rows), rows.of(held_classes)
-        setting, history = self._learn(train, held if len(held_classes) > 1 else None, None, on_progress)
-        seen_slice = rows.of(kept_classes, slice_rows)
-        calibration = calibrate(
-            self._compatibility(
-                np.concatenate([seen_slice.features, held.features]), embeddings[np.r_[kept_classes, held_classes]]
-            ),
-            np.concatenate([seen_slice.labels, held.labels + len(kept_classes)]),
-            n_seen=len(kept_classes),
-            validation_names=[names[i] for i in held_classes],
-            spread=self._spread(train),
-        )
-        return (setting if len(held_classes) > 1 else None), history, calibration
+        trial = type(self)(self.params, seed=self.seed, device=self.device)
+        return trial, rows, rows.of(kept, learn_rows), rows.of(fold)
 
     def _spread(self, rows: Rows) -> float:
         """How far apart the scores of one image lie: root mean square about the image's mean."""
@@ -334,12 +330,26 @@ def _positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:
     return np.array([index[name] for name in chosen], np.int64)
 
 
-def _held_out_slice(labels: IntArray, seed: int) -> tuple[IntArray, IntArray]:
-    """(slice, rest) of row numbers: a seeded fifth of each class with 2 images or more, never all of it."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    taken = []
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        taken.append(rows[: min(len(rows) - 1, max(1, round(HELD_OUT_SHARE * len(rows))))])
-    held = np.sort(np.concatenate(taken))
-    return held, np.setdiff1d(np.arange(len(labels)), held)
+def _matching(class_embeddings: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    given = _unit_embeddings(class_embeddings)
+    if given.shape != shape:
+        raise ShapeMismatch(f"validation_embeddings {given.shape} must be {shape}.", field="validation_embeddings")
+    return given
+
+
+def mean_history(histories: list[History]) -> History:
+    """What the folds tried, number by number the mean; cut to the shortest."""
+    return [
+        {key: float(np.mean([entry[key] for entry in entries])) for key in entries[0]}
+        for entries in zip(*histories, strict=False)
+    ]
+
+
+def _part(on_progress: OnProgress, phase: str, index: int, n_parts: int) -> OnProgress:
+    """An `on_progress` for part `index` of `n_parts` equal ones, told as one phase."""
+
+    def report(progress: Progress) -> None:
+        total = progress.total or 1
+        on_progress(Progress(phase, index * total + progress.completed, n_parts * total, progress.metrics))
+
+    return report

@@ -11,56 +11,70 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 from models.base import FloatArray, IntArray
-from models.evaluation import calibrated_stacking, choose_gamma, zsl_report
+from models.evaluation import calibrated_stacking, choose_common_gamma, zsl_report
+
+
+@dataclass(frozen=True)
+class FoldScores:
+    """One trial's scores (n_images, n_seen + n_held), divided by their spread; the fold's classes `held` come last."""
+
+    scores: FloatArray
+    labels: IntArray
+    n_seen: int
+    held: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """gamma and temperature on the scale of scores whose spread was `spread`; `report` says how they were found."""
+    """gamma and temperature for scores of spread 1; `report` says how they were found."""
 
     gamma: float
     temperature: float
-    spread: float
     report: dict[str, Any]
 
 
-def calibrate(
-    scores: FloatArray, labels: IntArray, *, n_seen: int, validation_names: Sequence[str], spread: float
-) -> Calibration:
-    """Choose gamma by H, then the temperature by likelihood.
+def calibrate(folds: Sequence[FoldScores]) -> Calibration:
+    """gamma: the one with the best H over all folds. Temperature: the likeliest over all folds.
 
-    scores: (n_images, n_seen + n_validation), the validation classes last and standing in for unseen ones.
     The temperature serves both questions put to a classifier: among unseen classes alone, and among all.
     """
-    is_seen = np.arange(scores.shape[1]) < n_seen
-    of_seen = is_seen[labels]
-    report: dict[str, Any] = {
-        "classes": list(validation_names),
-        "n_images": int((~of_seen).sum()),
-        "n_held_out_seen_images": int(of_seen.sum()),
-    }
+    rankings = []
+    for fold in folds:
+        is_seen = np.arange(fold.scores.shape[1]) < fold.n_seen
+        if 0 < is_seen[fold.labels].sum() < len(fold.labels):
+            rankings.append((fold.scores, fold.labels, is_seen))
+    gamma, gzsl = choose_common_gamma(rankings) if rankings else (0.0, None)
+    report: dict[str, Any] = {"classes": list(folds[0].held), "folds": [list(fold.held) for fold in folds if fold.held]}
     questions: list[tuple[FloatArray, IntArray]] = []
-    gamma = 0.0
-    if not validation_names:
-        report["reason"] = "No validation classes were named: default settings, gamma 0."
-    elif not of_seen.any():
-        report["reason"] = "No seen class has an image to spare, so gamma stays 0."
-    else:
-        gamma, found = choose_gamma(scores, labels, is_seen)
-        report |= {"u": found.u, "s": found.s, "h": found.h, "gamma": gamma}
-        report["reason"] = (
-            f"Of {len(validation_names)} seen classes treated as unseen: settings by T1, gamma by the harmonic mean, "
-            "temperature by likelihood; then refitted on all seen classes."
-        )
-    if len(validation_names) > 1:
-        among = scores[~of_seen][:, n_seen:]
-        report["t1"] = zsl_report(among, labels[~of_seen] - n_seen, validation_names).t1
-        questions.append((among, labels[~of_seen] - n_seen))
-    if of_seen.any():
-        questions.append((calibrated_stacking(scores, is_seen, gamma), labels))
+    t1 = []
+    for fold in folds:
+        is_seen = np.arange(fold.scores.shape[1]) < fold.n_seen
+        of_seen = is_seen[fold.labels]
+        if len(fold.held) > 1:
+            among = fold.scores[~of_seen][:, fold.n_seen :]
+            t1.append(zsl_report(among, fold.labels[~of_seen] - fold.n_seen, fold.held).t1)
+            questions.append((among, fold.labels[~of_seen] - fold.n_seen))
+        if of_seen.any():
+            questions.append((calibrated_stacking(fold.scores, is_seen, gamma), fold.labels))
+    if t1:
+        report |= {"t1": float(np.mean(t1)), "t1_per_fold": t1}
+    if gzsl is not None:
+        report |= {"u": gzsl.u, "s": gzsl.s, "h": gzsl.h}
     temperature = fit_temperature(questions)
-    report["temperature"] = temperature
-    return Calibration(gamma, temperature, spread, report)
+    report |= {"relative_gamma": gamma, "relative_temperature": temperature, "reason": _reason(folds, bool(rankings))}
+    return Calibration(gamma, temperature, report)
+
+
+def _reason(folds: Sequence[FoldScores], has_gamma: bool) -> str:
+    if not folds[0].held:
+        return "No validation classes were named: default settings, gamma 0."
+    if not has_gamma:
+        return "No seen class has an image to spare, so gamma stays 0; settings were chosen by T1 on the folds."
+    n_classes = sum(len(fold.held) for fold in folds)
+    return (
+        f"Over {len(folds)} fold(s) of together {n_classes} seen classes treated as unseen: settings by T1, gamma by "
+        "the harmonic mean, temperature by likelihood; then refitted on all seen classes."
+    )
 
 
 def fit_temperature(questions: Sequence[tuple[FloatArray, IntArray]]) -> float:

@@ -17,7 +17,8 @@ import numpy as np
 from models.base import FloatArray, OnProgress, Progress
 from models.evaluation import zsl_report
 from models.params import ESZSLParams, Params
-from models.zero_shot.base import Rows, Setting, ZeroShotModel
+from models.zero_shot.base import History, Setting, ZeroShotModel
+from models.zero_shot.folds import Rows
 from models.zero_shot.scaling import Scaling
 
 # Relative to the mean eigenvalue of the matrix that each stiffens, so that one grid serves every feature scaling.
@@ -59,46 +60,43 @@ class ESZSL(ZeroShotModel):
     params_class: ClassVar[type[Params]] = ESZSLParams
     params: ESZSLParams
 
-    def _learn(
-        self, train: Rows, validation: Rows | None, setting: Setting | None, on_progress: OnProgress
-    ) -> tuple[Setting, list[dict[str, float]]]:
+    def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         spectrum = _decompose(train)
+        setting = setting or {"relative_gamma": _DEFAULT, "relative_lambda": _DEFAULT}
         x_mean, a_mean = spectrum.scales()
-        history: list[dict[str, float]] = []
-        if setting is None:
-            setting = {"relative_gamma": _DEFAULT, "relative_lambda": _DEFAULT}
-            if validation is not None and (self.params.gamma is None or self.params.lamda is None):
-                setting, history = self._search(spectrum, validation, on_progress)
         gamma = self.params.gamma if self.params.gamma is not None else setting["relative_gamma"] * x_mean
         lamda = self.params.lamda if self.params.lamda is not None else setting["relative_lambda"] * a_mean
         self._weight = spectrum.weight(gamma, lamda)
         # Large ridges shrink W by orders of magnitude; its size ranks nothing, and scores of spread 1 are readable.
         self._weight /= np.float32(self._spread(train))
+        used = {"relative_gamma": gamma / x_mean, "relative_lambda": lamda / a_mean, "gamma": gamma, "lamda": lamda}
         on_progress(Progress("solving", 1, 1))
-        chosen = {"relative_gamma": gamma / x_mean, "relative_lambda": lamda / a_mean}
-        return {**chosen, "gamma": gamma, "lamda": lamda}, history
+        return used, [used]
 
-    def _search(
-        self, spectrum: _Spectrum, validation: Rows, on_progress: OnProgress
-    ) -> tuple[Setting, list[dict[str, float]]]:
-        """The pair of ridges with the best T1 on validation classes."""
+    def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
+        if self.params.gamma is not None and self.params.lamda is not None:
+            return []
+        spectrum = _decompose(train)
         x_mean, a_mean = spectrum.scales()
         # In the bases P and Q, every pair of the grid costs one thin product instead of a new W.
         features = validation.features.astype(np.float64) @ spectrum.x_vectors
         embeddings = validation.embeddings.astype(np.float64) @ spectrum.a_vectors
         names = [str(i) for i in range(len(embeddings))]
-        gammas = _GRID if self.params.gamma is None else (self.params.gamma / x_mean,)
-        lamdas = _GRID if self.params.lamda is None else (self.params.lamda / a_mean,)
-        t1 = np.zeros((len(gammas), len(lamdas)))
-        history: list[dict[str, float]] = []
-        for i, gamma in enumerate(gammas):
-            for j, lamda in enumerate(lamdas):
-                scores = features @ (spectrum.core(gamma * x_mean, lamda * a_mean) @ embeddings.T)
-                t1[i, j] = zsl_report(scores, validation.labels, names).t1
-                history.append({"relative_gamma": gamma, "relative_lambda": lamda, "validation_t1": float(t1[i, j])})
-            on_progress(Progress("choosing ridges", i + 1, len(gammas), {"validation_t1": float(t1[: i + 1].max())}))
-        i, j = _best_of_plateau(t1)
-        return {"relative_gamma": gammas[i], "relative_lambda": lamdas[j]}, history
+        history: History = []
+        for i, gamma in enumerate(_GRID):
+            for lamda in _GRID:
+                core = spectrum.core(self.params.gamma or gamma * x_mean, self.params.lamda or lamda * a_mean)
+                t1 = zsl_report(features @ (core @ embeddings.T), validation.labels, names).t1
+                history.append({"relative_gamma": gamma, "relative_lambda": lamda, "validation_t1": t1})
+            on_progress(
+                Progress("choosing", i + 1, len(_GRID), {"validation_t1": max(e["validation_t1"] for e in history)})
+            )
+        return history
+
+    def _pick(self, tried: list[History]) -> Setting:
+        t1 = np.mean([[entry["validation_t1"] for entry in history] for history in tried], axis=0)
+        i, j = _best_of_plateau(t1.reshape(len(_GRID), len(_GRID)))
+        return {"relative_gamma": _GRID[i], "relative_lambda": _GRID[j]}
 
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
         return np.asarray(features @ self._weight @ embeddings.T, np.float32)

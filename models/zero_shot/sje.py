@@ -8,7 +8,7 @@ Letters in trailing comments: B images of a step, C classes, D features, E embed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +18,12 @@ from torch.nn import functional
 
 from models.base import FloatArray, OnProgress, Progress
 from models.params import Params, SJEParams
-from models.zero_shot.base import Rows, Setting, ZeroShotModel
+from models.zero_shot.base import History, Setting, ZeroShotModel
+from models.zero_shot.folds import Rows
 from models.zero_shot.scaling import Scaling
+
+INITIAL_WEIGHT = 0.02
+"""Standard deviation of W's start, as in VGSE's code."""
 
 
 class SJE(ZeroShotModel):
@@ -29,23 +33,40 @@ class SJE(ZeroShotModel):
     params_class: ClassVar[type[Params]] = SJEParams
     params: SJEParams
 
-    def _learn(
-        self, train: Rows, validation: Rows | None, setting: Setting | None, on_progress: OnProgress
-    ) -> tuple[Setting, list[dict[str, float]]]:
+    def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
+        epochs = int(setting["epoch"]) if setting is not None else self.params.epochs
+        history: History = []
+        for entry in self._epochs(train, epochs):
+            on_progress(Progress("training", len(history) + 1, epochs, {"loss": entry["loss"]}))
+            history.append(entry)
+        return {"epoch": float(epochs)}, history
+
+    def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
+        if not self.params.early_stopping:
+            return []
+        history: History = []
+        for entry in self._epochs(train, self.params.epochs):
+            entry["validation_t1"] = self._validation_t1(validation)
+            history.append(entry)
+            metrics = {"loss": entry["loss"], "validation_t1": entry["validation_t1"]}
+            on_progress(Progress("choosing", len(history), self.params.epochs, metrics))
+        return history
+
+    def _pick(self, tried: list[History]) -> Setting:
+        t1 = np.mean([[entry["validation_t1"] for entry in history] for history in tried], axis=0)
+        return {"epoch": float(best_epoch(t1))}
+
+    def _epochs(self, train: Rows, epochs: int) -> Iterator[dict[str, float]]:
+        """Train; after each epoch its number and loss."""
         params = self.params
-        choose = validation is not None and params.early_stopping
-        epochs = int(setting["epoch"]) if setting is not None else params.epochs
         generator = torch.Generator().manual_seed(self.seed)
         features = torch.from_numpy(train.features).to(self.device)
         labels = torch.from_numpy(train.labels).to(self.device)
         embeddings = torch.from_numpy(train.embeddings).to(self.device)
-        weight = torch.randn(features.shape[1], embeddings.shape[1], generator=generator) * 0.02  # (D, E)
+        weight = torch.randn(features.shape[1], embeddings.shape[1], generator=generator) * INITIAL_WEIGHT  # (D, E)
         self._weight = weight.to(self.device).requires_grad_()
         self._bias = torch.zeros(embeddings.shape[1], device=self.device, requires_grad=True)
         optimizer = torch.optim.Adam([self._weight, self._bias], lr=params.learning_rate, betas=(0.5, 0.999))
-        history: list[dict[str, float]] = []
-        best_t1, best_epoch, best = -1.0, epochs, (self._weight, self._bias)
-        phase = "choosing epoch" if choose else "training"
         for epoch in range(1, epochs + 1):
             loss = 0.0
             order = torch.randperm(len(features), generator=generator).to(self.device)
@@ -55,17 +76,7 @@ class SJE(ZeroShotModel):
                 step_loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 loss += step_loss.item() * len(rows) / len(features)
-            history.append({"epoch": float(epoch), "loss": loss})
-            if choose and validation is not None:
-                t1 = history[-1]["validation_t1"] = self._validation_t1(validation)
-                if t1 > best_t1:
-                    best_t1, best_epoch = t1, epoch
-                    best = (self._weight.detach().clone(), self._bias.detach().clone())
-            on_progress(Progress(phase, epoch, epochs, {k: v for k, v in history[-1].items() if k != "epoch"}))
-        if choose:
-            self._weight, self._bias = best
-        self._weight, self._bias = self._weight.detach(), self._bias.detach()
-        return {"epoch": float(best_epoch)}, history
+            yield {"epoch": float(epoch), "loss": loss}
 
     def _loss(self, features: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
         params = self.params
@@ -77,13 +88,14 @@ class SJE(ZeroShotModel):
 
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
         with torch.no_grad():
-            projected = torch.from_numpy(np.ascontiguousarray(features)).to(self.device) @ self._weight + self._bias
+            rows = torch.from_numpy(np.ascontiguousarray(features)).to(self.device)
+            projected = rows @ self._weight + self._bias  # (N, E)
             scores = self.params.scale * (projected @ torch.from_numpy(embeddings).to(self.device).T)
         result: FloatArray = scores.cpu().numpy()
         return result
 
     def _state(self) -> dict[str, FloatArray]:
-        return {"weight": self._weight.cpu().numpy(), "bias": self._bias.cpu().numpy()}
+        return {"weight": self._weight.detach().cpu().numpy(), "bias": self._bias.detach().cpu().numpy()}
 
     def _restore(self, state: Mapping[str, FloatArray]) -> None:
         self._weight = torch.from_numpy(state["weight"]).to(self.device)
@@ -91,6 +103,12 @@ class SJE(ZeroShotModel):
 
     def _scaling_kind(self) -> Scaling:
         return self.params.normalize
+
+
+def best_epoch(t1: FloatArray) -> int:
+    """The epoch, from 1, with the highest `t1` (n_epochs,) averaged with its two neighbours a side; ties: earliest."""
+    smooth = [float(np.mean(t1[max(0, i - 2) : i + 3])) for i in range(len(t1))]
+    return int(np.argmax(np.round(smooth, 9))) + 1
 
 
 def compatibility_loss(scores: Tensor, labels: Tensor, kind: str) -> Tensor:

@@ -14,6 +14,7 @@ from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownNam
 from models.evaluation import (
     ClassTable,
     calibrated_stacking,
+    choose_common_gamma,
     choose_gamma,
     evaluate,
     gzsl_report,
@@ -124,6 +125,24 @@ def test_choose_gamma_moves_with_the_scale_of_the_scores() -> None:
     small, large = choose_gamma(scores, labels, seen), choose_gamma(scores * 100, labels, seen)
     assert large[0] == pytest.approx(100 * small[0])
     assert large[1].h == pytest.approx(small[1].h)
+
+
+def test_common_gamma_has_the_best_h_of_mean_u_and_mean_s() -> None:
+    rng = np.random.default_rng(3)
+    seen = np.array([True, True, False, False])
+    rankings = []
+    for shift in (0.5, 2.0):
+        labels = np.r_[np.arange(4), rng.integers(0, 4, 30)]
+        scores = rng.normal(size=(34, 4)) + 1.5 * np.eye(4)[labels] + shift * seen
+        rankings.append((scores, labels, seen))
+
+    def h_at(gamma: float) -> float:
+        reports = [gzsl_report(scores, labels, list("abcd"), seen, gamma) for scores, labels, _ in rankings]
+        return harmonic_mean(float(np.mean([r.u for r in reports])), float(np.mean([r.s for r in reports])))
+
+    gamma, found = choose_common_gamma(rankings)
+    assert found.h == pytest.approx(h_at(gamma))
+    assert found.h >= max(h_at(float(g)) for g in np.linspace(-5, 8, 500)) - 1e-12
 
 
 def test_choose_gamma_needs_both_sides() -> None:

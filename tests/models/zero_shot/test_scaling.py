@@ -1,0 +1,42 @@
+"""Scaling of image features, against plain rewrites."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.errors import UnknownName
+from models.zero_shot.scaling import FeatureScaling
+
+TRAIN = np.array([[0.0, 2, 5], [4, 2, 1]], np.float32)
+LATER = np.array([[8.0, 3, 1], [0, 0, 0]], np.float32)
+
+
+def test_minmax_uses_training_rows_only_and_does_not_clip() -> None:
+    scaling = FeatureScaling("minmax").fit(TRAIN)
+    assert scaling(TRAIN).tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert scaling(LATER).tolist() == [[2, 1, 0], [0, -2, -0.25]]
+
+
+def test_l2_gives_unit_rows_and_leaves_zero_rows() -> None:
+    scaled = FeatureScaling("l2").fit(TRAIN)(LATER)
+    assert np.linalg.norm(scaled, axis=1).tolist() == pytest.approx([1, 0])
+
+
+def test_centered_is_unit_length_about_the_training_mean() -> None:
+    scaled = FeatureScaling("centered").fit(TRAIN)(TRAIN)
+    expected = np.array([[-2.0, 0, 2], [2, 0, -2]]) / np.sqrt(8)
+    np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["centered", "minmax", "l2", "none"])
+def test_stored_scaling_is_the_same_and_results_are_float32(kind: str) -> None:
+    scaling = FeatureScaling(kind).fit(TRAIN.astype(np.float16))  # type: ignore[arg-type]
+    again = FeatureScaling.restore(kind, scaling.state())  # type: ignore[arg-type]
+    assert np.array_equal(scaling(LATER), again(LATER))
+    assert scaling(LATER.astype(np.float16)).dtype == np.float32
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(UnknownName, match="'minmax'"):
+        FeatureScaling("minmix")  # type: ignore[arg-type]
