@@ -20,6 +20,7 @@ from service.core.logging import get_logger
 
 Clock = Callable[[], float]
 _ENOUGH_S = 1.0  # shorter measurements say little about what is to come
+_MUTE_S = 2.0
 _log = get_logger(__name__)
 
 
@@ -111,6 +112,7 @@ class JobProgress:
         self._clock = clock
         self._lock = threading.Lock()
         self._written = -math.inf
+        self._mute_until = -math.inf  # a Redis that is away must not slow the work down
         self._stop: Exception | None = None
         self._timeline = Timeline(phases, clock)
 
@@ -138,7 +140,9 @@ class JobProgress:
             self._written = now
             view = self._view(progress)
             self._write(view)
-        events.publish(self._redis, self._job_id, "progress", view)
+            is_muted = now < self._mute_until
+        if not is_muted and events.publish(self._redis, self._job_id, "progress", view) is None:
+            self._mute_until = self._clock() + _MUTE_S
 
     def _view(self, progress: Progress) -> dict[str, Any]:
         eta = self._timeline.eta_s

@@ -198,10 +198,10 @@ class JobWorker(Worker):
         try:
             with database.write() as session:
                 job = session.get(tables.Job, job_id)
-                if job is None:
+                if job is None or job.worker_id != self.name:  # not claimed: another worker has it, scratch and all
                     return
                 token = job.token
-                if job.worker_id == self.name and job.status in jobs.ACTIVE:
+                if job.status in jobs.ACTIVE:
                     counted = not self._stop_requested
                     status = jobs.release(session, job_id, token, _epitaph(exit_code), counted=counted)
         except (DBAPIError, StaleAttempt) as error:  # the reconciler will see the silence

@@ -23,7 +23,7 @@ from service.core.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """The first true answer of `condition`; fails the test when none comes in time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -60,7 +60,7 @@ class World:
         with self.database.write() as session:
             jobs.request_cancel(session, job_id)
 
-    def ended(self, job_id: str, timeout_s: float = 20.0) -> tables.Job:
+    def ended(self, job_id: str, timeout_s: float = 60.0) -> tables.Job:
         """Waits for a terminal state."""
         wait_until(lambda: self.job(job_id).status in jobs.TERMINAL, timeout_s)
         return self.job(job_id)
@@ -100,7 +100,7 @@ class WorkerProcess:
                 [sys.executable, "-m", "tests.workers.toy_worker"],
                 cwd=ROOT, env=environment, stdout=output, stderr=output,
             )  # fmt: skip
-        wait_until(lambda: {row.id for row in world.workers()} - before, 30)
+        wait_until(lambda: {row.id for row in world.workers()} - before)
 
     @property
     def pid(self) -> int:
