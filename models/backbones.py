@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,7 +125,13 @@ class Backbone:
     @contextmanager
     def _captured_map(self) -> Iterator[list[Tensor]]:
         captured: list[Tensor] = []
-        handle = self.spatial_layer.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
+        caller = threading.get_ident()
+
+        def capture(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            if threading.get_ident() == caller:  # another thread may be in the same network
+                captured.append(output)
+
+        handle = self.spatial_layer.register_forward_hook(capture)
         try:
             yield captured
         finally:

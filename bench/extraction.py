@@ -1,0 +1,190 @@
+"""Patch features: the pipeline's patches a second against the bare network's, and memory while the data grows.
+
+    python bench/extraction.py [--images ../shared/data/animals/images] [--backbone mobilenet_v2] [--weights FILE]
+
+Prints one JSON object. Rounds are interleaved, so that other load on the machine meets all parts alike:
+- raw_call: `Backbone.features` on patches in memory, torch spreading each operation over all threads;
+- raw_streams: the same, one stream a thread with one torch thread each: the most that the machine gives;
+- pipeline: `extract_features` from files on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.backbones import Backbone, create_backbone
+from models.data.images import DEFAULT_LIMITS, decode_image
+from models.embedding.extraction import ImageFeatures, decoded_side, extract_features
+from models.embedding.patches import WORKING_SIDE, cut_patches, patch_boxes
+from models.params import PatchParams
+from workers.runtime import MALLOC_ENVIRONMENT, THREAD_ENVIRONMENT
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
+    backbone = create_backbone(args.backbone, weights=args.weights, precision=args.precision)
+    params = PatchParams(size=args.size)
+    paths = _sample(args.images, args.n_images)
+    patches = torch.cat([_cut(path, params) for path in paths])
+    torch.set_num_threads(args.threads)
+    parts: dict[str, Callable[[], int]] = {
+        "raw_call": lambda: len(backbone.features(patches)),
+        "raw_streams": lambda: _run_streams(backbone, patches, args.threads),
+        "pipeline": lambda: _run_pipeline(backbone, paths, params, args.threads),
+    }
+    for part in parts.values():
+        part()  # the first run allocates, and compiles oneDNN's kernels
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(args.rounds):
+        order = list(parts) if number % 2 == 0 else list(reversed(parts))
+        rounds.append({name: _timed(parts[name]) for name in order})
+    rates = {name: _median(rounds, name, "patches_per_s") for name in parts}
+    cpu = {name: _median(rounds, name, "cpu_ms_per_patch") for name in parts}
+    return {
+        "backbone": args.backbone,
+        "precision": args.precision,
+        "threads": args.threads,
+        "n_images": len(paths),
+        "n_patches": len(patches),
+        "patches_per_s": rates,
+        "cpu_ms_per_patch": cpu,
+        "ratio_to_raw_call": _ratio(rounds, "raw_call"),
+        "ratio_to_raw_streams": _ratio(rounds, "raw_streams"),
+        "cpu_ratio_to_raw_streams": round(cpu["raw_streams"] / cpu["pipeline"], 3),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def measure_stages(args: argparse.Namespace) -> dict[str, float]:
+    """CPU milliseconds an image of each preparing step, on one thread."""
+    params = PatchParams(size=args.size)
+    data = [path.read_bytes() for path in _sample(args.images, args.n_images)]
+    torch.set_num_threads(1)
+    start = time.thread_time()
+    images = [decode_image(one, DEFAULT_LIMITS, target_side=decoded_side(params)) for one in data]
+    decoded = time.thread_time()
+    boxes = [patch_boxes(image, params) for image in images]
+    segmented = time.thread_time()
+    for image, one in zip(images, boxes, strict=True):
+        cut_patches(image, one, params.size)
+    cut = time.thread_time()
+    times = {"decode": decoded - start, "watershed": segmented - decoded, "cut": cut - segmented}
+    return {name: round(seconds * 1000 / len(images), 2) for name, seconds in times.items()}
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peak resident MiB of fresh processes that extract 1x and 10x the images."""
+    peaks: dict[str, float] = {}
+    environment = {**os.environ, **MALLOC_ENVIRONMENT, **THREAD_ENVIRONMENT}
+    for n_images in (args.memory_images, 10 * args.memory_images):
+        command = [sys.executable, __file__, "--peak-of", str(n_images), "--images", str(args.images)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks[f"{n_images}_images"] = float(done.stdout)
+    return peaks
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    """Extracts with the small network, which leaves the pipeline's own memory in view."""
+    backbone = create_backbone("small_cnn", weights=None)
+    paths = _sample(args.images, args.peak_of)
+    paths = (paths * -(-args.peak_of // len(paths)))[: args.peak_of]
+    images = ((str(number), path.read_bytes) for number, path in enumerate(paths))
+    for _ in extract_features(images, backbone, PatchParams(size=96), n_threads=args.threads):
+        pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _sample(folder: Path, n: int) -> list[Path]:
+    paths = sorted(folder.glob("*/*.jpg"))
+    return paths[:: max(1, len(paths) // n)][:n]
+
+
+def _cut(path: Path, params: PatchParams) -> torch.Tensor:
+    image = decode_image(path.read_bytes(), DEFAULT_LIMITS, target_side=decoded_side(params))
+    return cut_patches(image, patch_boxes(image, params), params.size)
+
+
+def _run_streams(backbone: Backbone, patches: torch.Tensor, n_threads: int) -> int:
+    before = torch.get_num_threads()
+    parts = [patches[start : start + backbone.max_batch] for start in range(0, len(patches), backbone.max_batch)]
+    with ThreadPoolExecutor(n_threads, initializer=_use_one_thread) as pool:
+        n = sum(len(rows) for rows in pool.map(backbone.features, parts))
+    torch.set_num_threads(before)
+    return n
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def _run_pipeline(backbone: Backbone, paths: list[Path], params: PatchParams, n_threads: int) -> int:
+    images = ((path.name, path.read_bytes) for path in paths)
+    results = extract_features(images, backbone, params, n_threads=n_threads)
+    return sum(len(result.features) for result in results if isinstance(result, ImageFeatures))
+
+
+def _timed(part: Callable[[], int]) -> dict[str, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    n = part()
+    return {
+        "patches_per_s": n / (time.perf_counter() - wall),
+        "cpu_ms_per_patch": 1000 * (time.process_time() - cpu) / n,
+    }
+
+
+def _median(rounds: list[dict[str, dict[str, float]]], part: str, what: str) -> float:
+    return round(statistics.median(one[part][what] for one in rounds), 2)
+
+
+def _ratio(rounds: list[dict[str, dict[str, float]]], raw: str) -> dict[str, float]:
+    ratios = sorted(one["pipeline"]["patches_per_s"] / one[raw]["patches_per_s"] for one in rounds)
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "lowest": round(ratios[0], 3),
+        "highest": round(ratios[-1], 3),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, default=SHARED / "data" / "animals" / "images")
+    parser.add_argument("--backbone", default="mobilenet_v2")
+    parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file; untrained otherwise (same speed)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--size", type=int, default=224, help="side of a patch in pixels")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--n-images", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-images", type=int, default=60, help="0: leave memory out")
+    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.peak_of:
+        print_peak(args)
+        return
+    result = {**measure_throughput(args), "prepare_cpu_ms_per_image": measure_stages(args)}
+    if args.memory_images:
+        result["peak_rss_mib"] = measure_memory(args)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.backbones import Backbone, create_backbone
+from models.data.images import DEFAULT_LIMITS, decode_image
+from models.embedding.extraction import ImageFailure, ImageFeatures, decoded_side, extract_features
+from models.embedding.patches import cut_patches, patch_boxes
+from models.params import PatchParams
+
+PARAMS = PatchParams(size=32)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return create_backbone("small_cnn", weights=None)
+
+
+def picture(seed: int, width: int = 60, height: int = 45) -> bytes:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+def files(n: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    for seed in range(n):
+        data = picture(seed, 40 + 3 * seed % 50, 70 - seed % 30)
+        yield f"image {seed}", lambda data=data: data  # type: ignore[misc]
+
+
+def usable(results: list[ImageFeatures | ImageFailure]) -> list[ImageFeatures]:
+    return [result for result in results if isinstance(result, ImageFeatures)]
+
+
+def threads_left() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("patches")]
+
+
+@pytest.mark.parametrize("method", ["watershed", "grid", "whole"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_it_equals_one_image_after_the_other(backbone: Backbone, method: str, n_threads: int) -> None:
+    params = PatchParams(method=method, size=32)  # type: ignore[arg-type]
+    results = usable(list(extract_features(files(12), backbone, params, n_threads=n_threads)))
+    assert [result.key for result in results] == [f"image {seed}" for seed in range(12)]
+    for result, (_, read) in zip(results, files(12), strict=True):
+        image = decode_image(read(), DEFAULT_LIMITS, target_side=decoded_side(params))
+        boxes = patch_boxes(image, params)
+        expected = backbone.features(cut_patches(image, boxes, 32)).numpy()
+        assert result.boxes.tolist() == boxes.tolist()
+        assert result.frame == image.shape[:2]
+        assert result.features.dtype == np.float16
+        np.testing.assert_allclose(result.features, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_second_run_is_the_same_bit_for_bit(backbone: Backbone) -> None:
+    one, two = (usable(list(extract_features(files(7), backbone, PARAMS, n_threads=2))) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert (a.features == b.features).all()
+
+
+def test_unreadable_images_are_reported_in_their_place(backbone: Backbone) -> None:
+    data: dict[str, bytes] = {
+        "empty": b"",
+        "a": picture(1),
+        "text": b"hello" * 50,
+        "cut": picture(2)[:200],
+        "b": picture(3),
+    }
+    results = list(extract_features([(key, lambda d=d: d) for key, d in data.items()], backbone, PARAMS))  # type: ignore[misc]
+    assert [result.key for result in results] == list(data)
+    assert [isinstance(result, ImageFailure) for result in results] == [True, False, True, True, False]
+    assert all(result.reason for result in results if isinstance(result, ImageFailure))
+
+
+def test_no_images_and_only_bad_images(backbone: Backbone) -> None:
+    assert list(extract_features([], backbone, PARAMS)) == []
+    results = list(extract_features([(str(i), lambda: b"") for i in range(30)], backbone, PARAMS))
+    assert len(results) == 30
+    assert not usable(results)
+
+
+def test_any_other_error_passes_and_leaves_no_thread(backbone: Backbone) -> None:
+    def lost() -> bytes:
+        raise OSError("the disk is gone")
+
+    images = [*files(3), ("lost", lost), *files(30)]
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(extract_features(images, backbone, PARAMS))
+    assert not threads_left()
+
+
+def test_stopping_early_starts_no_further_image_and_leaves_no_thread(backbone: Backbone) -> None:
+    read: list[str] = []
+
+    def noted(key: str, data: bytes) -> Callable[[], bytes]:
+        return lambda: read.append(key) or data  # type: ignore[func-returns-value]
+
+    data = picture(0)
+    results = extract_features(((str(i), noted(str(i), data)) for i in range(1000)), backbone, PARAMS)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert len(read) < 50
+    assert not threads_left()
+
+
+def test_images_are_read_when_their_turn_comes(backbone: Backbone) -> None:
+    """Memory stays flat: a slow consumer finds a bounded number of images ahead of it."""
+    n_asked = 0
+
+    def endless() -> Iterator[tuple[str, Callable[[], bytes]]]:
+        nonlocal n_asked
+        data = picture(0)
+        while True:
+            n_asked += 1
+            yield str(n_asked), lambda: data
+
+    results = extract_features(endless(), backbone, PARAMS, n_threads=2)
+    ahead = [n_asked - given_out for given_out, _ in zip(range(1, 60), results, strict=False)]
+    results.close()  # type: ignore[attr-defined]
+    assert max(ahead) <= 16
+
+
+def test_torch_threads_of_the_caller_are_left_alone(backbone: Backbone) -> None:
+    before = torch.get_num_threads()
+    list(extract_features(files(4), backbone, PARAMS))
+    assert torch.get_num_threads() == before
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_features_beyond_half_precision_are_clipped(backbone: Backbone) -> None:
+    class Loud(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).mean(dim=(2, 3)) * 0 + 1e6
+
+    module = Loud()
+    loud = Backbone("loud", module, module.layer, 32)
+    result = usable(list(extract_features(files(1), loud, PARAMS)))[0]
+    assert (result.features == 65504).all()
+
+
+def test_pictures_are_decoded_no_larger_than_patches_need() -> None:
+    assert decoded_side(PatchParams(method="whole", size=96)) == 96
+    assert decoded_side(PatchParams(size=96)) == 288
+    assert decoded_side(PatchParams(size=16)) == 256
+    assert decoded_side(PatchParams(size=1024)) == 1024
