@@ -1,0 +1,256 @@
+"""Which class relation, chosen on seen classes that play unseen; never on test rows.
+
+No relation is best everywhere: with few seen classes in many dimensions SMO with alpha = -1 overfits, with many it
+wins; an average of neighbours is the other way round. Groups of seen classes are held out in turn, each candidate
+composes them of the remaining ones, and a closed-form compatibility (ESZSL's) on image features tells how well their
+images are then recognised. The unit of the statistics is the class: a candidate has to beat the preferred ones by
+more than one standard error over classes, since a lucky draw of three classes moves T1 by tens of percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress, ignore_progress
+from models.embedding.class_embedder import ClassEmbedder, Relation
+from models.embedding.relations import Matrix, check_rows, unit_rows
+from models.errors import InvalidInput, ShapeMismatch, TooFewSamples
+from models.params import RelationParams
+
+HELD_OUT = 0.15
+"""Share of classes held out at a time: few, since relations grow better with every seen class that is left."""
+
+N_FOLDS = 40
+MIN_CLASSES = 4
+
+FEATURE_RIDGES = (1.0, 10.0)
+EMBEDDING_RIDGES = (0.1, 1.0)
+"""Ridges of the scorer, relative to the mean eigenvalue; scores are averaged over all pairs of them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One relation with its parameters."""
+
+    relation: Relation
+    params: RelationParams
+
+    @property
+    def label(self) -> str:
+        """Short and readable: 'smo alpha=0 ridge=0.03 fused'."""
+        params = self.params
+        if self.relation == "smo":
+            return f"smo alpha={params.alpha} ridge={params.ridge:g} {params.form}"
+        return f"wavg k={params.n_neighbors} eta={params.eta:g} {params.form}"
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """A candidate's result: t1 is the mean over held-out classes; deficit to the best, with its standard error."""
+
+    candidate: Candidate
+    t1: float
+    deficit: float
+    deficit_error: float
+
+
+@dataclass(frozen=True)
+class RelationChoice:
+    """The chosen relation and why; `table` in order of preference (empty if nothing could be compared)."""
+
+    relation: Relation
+    params: RelationParams
+    reason: str
+    table: tuple[CandidateScore, ...]
+    n_folds: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For reports: the choice, its reason in a sentence, and every candidate, best first."""
+        return {
+            "relation": self.relation,
+            "params": self.params.model_dump(mode="json"),
+            "reason": self.reason,
+            "n_folds": self.n_folds,
+            "candidates": [
+                {
+                    "name": score.candidate.label,
+                    "t1": round(score.t1, 4),
+                    "deficit": round(score.deficit, 4),
+                    "deficit_error": round(score.deficit_error, 4),
+                }
+                for score in sorted(self.table, key=lambda score: -score.t1)
+            ],
+        }
+
+
+def default_candidates() -> tuple[Candidate, ...]:
+    """WAvg and SMO in all forms, in order of preference.
+
+    The order is what counts between candidates that validation cannot tell apart: forms that keep the knowledge
+    beside the composed vector before those that do not, the paper's SMO with alpha = 0 before the others, and a
+    little ridge before none or much.
+    """
+    ridges = (0.03, 0.1, 1e-6, 0.3, 1.0)
+    found: list[Candidate] = []
+    for form in ("fused", "centred", "plain"):
+        settings: list[tuple[Relation, dict[str, Any]]] = [
+            *(("smo", {"alpha": alpha, "ridge": ridge}) for alpha in (0, -1) for ridge in ridges),
+            *(("wavg", {"n_neighbors": k, "eta": 5.0}) for k in (5, 10, 3, 20)),
+        ]
+        found += [Candidate(name, RelationParams.model_validate({**own, "form": form})) for name, own in settings]
+    return tuple(found)
+
+
+def select_relation(
+    class_embeddings: FloatArray,
+    knowledge: FloatArray,
+    images: LabelledFeatures,
+    *,
+    seed: int = 0,
+    defaults: RelationParams | None = None,
+    candidates: Sequence[Candidate] | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> RelationChoice:
+    """The first candidate that is within one standard error of the best on held-out seen classes.
+
+    class_embeddings (C, E) and knowledge (C, Dw): rows for each of `images.class_names`, all seen. images: training
+    rows only. With fewer than 4 classes nothing can be compared: `defaults` with SMO, and the reason says so.
+    Raises ShapeMismatch, InvalidInput (NaN), TooFewSamples (a class without images).
+    """
+    embeddings, vectors = _checked(class_embeddings, knowledge, images)
+    n_classes = len(embeddings)
+    if n_classes < MIN_CLASSES:
+        reason = f"{n_classes} seen classes are too few to hold some out (at least {MIN_CLASSES}); took the defaults."
+        return RelationChoice("smo", defaults or RelationParams(), reason, (), 0)
+    options = tuple(candidates) if candidates is not None else default_candidates()
+    folds = draw_folds(n_classes, seed=seed)
+    evidence = _Evidence(images, n_classes)
+    hits = np.zeros((len(options), n_classes))
+    for number, held_out in enumerate(folds):
+        on_progress(Progress("relations", number, len(folds)))
+        kept = np.setdiff1d(np.arange(n_classes), held_out)
+        score = evidence.scorer(kept, held_out)
+        for row, option in enumerate(options):
+            embedder = ClassEmbedder(
+                tuple(str(i) for i in kept), embeddings[kept], vectors[kept], option.relation, option.params
+            )
+            hits[row, held_out] += score(embedder.seen_vectors(), embedder.embed(vectors[held_out])[0])
+    times = np.bincount(np.concatenate(folds), minlength=n_classes)
+    return _choose(options, hits / times, len(folds))
+
+
+def draw_folds(n_classes: int, *, seed: int = 0) -> list[IntArray]:
+    """Groups of classes to hold out, about N_FOLDS: whole partitions, so that each class is held out equally often."""
+    size = min(max(2, round(HELD_OUT * n_classes)), n_classes - 2)
+    per_round = n_classes // size
+    rng = np.random.default_rng(seed)
+    folds: list[IntArray] = []
+    for _ in range(max(2, round(N_FOLDS / per_round))):
+        folds += [np.sort(group) for group in np.array_split(rng.permutation(n_classes), per_round)]
+    return folds
+
+
+def _choose(options: Sequence[Candidate], per_class: Matrix, n_folds: int) -> RelationChoice:
+    """The one-standard-error rule on per-class accuracies (n_candidates, C)."""
+    t1 = per_class.mean(axis=1)
+    best = int(np.argmax(t1))
+    deficits = per_class[best] - per_class
+    errors = deficits.std(axis=1, ddof=1) / np.sqrt(per_class.shape[1])
+    table = tuple(
+        CandidateScore(option, float(mean), float(deficit), float(error))
+        for option, mean, deficit, error in zip(options, t1, deficits.mean(axis=1), errors, strict=True)
+    )
+    # 1e-9: equal candidates may differ by rounding
+    chosen = next(score for score in table if score.deficit <= score.deficit_error + 1e-9)
+    what = f"T1 {100 * chosen.t1:.1f} % on held-out seen classes"
+    if chosen is table[best]:
+        reason = f"{what}, the best of {len(table)} candidates over {n_folds} folds."
+    else:
+        reason = (
+            f"{what}; {table[best].candidate.label} reached {100 * table[best].t1:.1f} %, but the difference is within "
+            f"one standard error over classes ({100 * chosen.deficit_error:.1f} %), and this one is preferred then."
+        )
+    return RelationChoice(chosen.candidate.relation, chosen.candidate.params, reason, table, n_folds)
+
+
+Score = Callable[[Matrix, Matrix], NDArray[np.float64]]
+
+
+class _Evidence:
+    """Image features of all seen classes; each fold's half of the closed form that no candidate changes."""
+
+    def __init__(self, images: LabelledFeatures, n_classes: int) -> None:
+        self.features = unit_rows(images.features).astype(np.float32)
+        self.rows = [np.flatnonzero(images.labels == label) for label in range(n_classes)]
+        self.means = np.stack([self.features[rows].mean(axis=0, dtype=np.float64) for rows in self.rows])
+        # Each class weighs the same: (D, D) sum over classes of the class's mean outer product.
+        counts = np.bincount(images.labels, minlength=n_classes)
+        self.square = self._moment(np.arange(len(self.features)), counts[images.labels])
+        self.counts = counts
+
+    def _moment(self, rows: IntArray, counts: IntArray) -> Matrix:
+        weighted = self.features[rows] / np.sqrt(counts).astype(np.float32)[:, None]
+        return (weighted.T @ weighted).astype(np.float64)
+
+    def scorer(self, kept: IntArray, held_out: IntArray) -> Score:
+        """A function (kept vectors (S, E'), held-out vectors (V, E')) -> accuracy of each held-out class (V,)."""
+        rows = np.concatenate([self.rows[c] for c in held_out])
+        labels = np.repeat(np.arange(len(held_out)), self.counts[held_out])
+        centre = self.means[kept].mean(axis=0)
+        square = self.square - self._moment(rows, self.counts[held_out][labels]) - len(kept) * np.outer(centre, centre)
+        responses = self._responses(square, (self.means[kept] - centre).T, self.features[rows] - centre)
+
+        def score(kept_vectors: Matrix, held_vectors: Matrix) -> NDArray[np.float64]:
+            hits = np.zeros(len(held_out))
+            for ridge in EMBEDDING_RIDGES:
+                weights = _embedding_part(kept_vectors, held_vectors, ridge)
+                for response in responses:
+                    right = (response @ weights).argmax(axis=1) == labels
+                    hits += np.bincount(labels, weights=right.astype(np.float64), minlength=len(held_out))
+            return np.asarray(hits / self.counts[held_out] / (len(EMBEDDING_RIDGES) * len(responses)))
+
+        return score
+
+    def _responses(self, square: Matrix, targets: Matrix, features: Matrix) -> list[Matrix]:
+        """x^T (X^T X + ridge I)^-1 X^T Y of held-out images to the kept classes: one (N, S) for each ridge."""
+        scale = np.trace(square) / len(square)
+        eye = np.eye(len(square))
+        return [features @ np.linalg.solve(square + ridge * scale * eye, targets) for ridge in FEATURE_RIDGES]
+
+
+def _embedding_part(kept: Matrix, held_out: Matrix, ridge: float) -> Matrix:
+    """A (A^T A + ridge I)^-1 phi(u) = (A A^T + ridge I)^-1 A phi(u): (S, V), on the smaller side."""
+    n_classes, dim = kept.shape
+    if n_classes <= dim:
+        gram = kept @ kept.T
+        shift = max(ridge * np.trace(gram) / n_classes, 1e-9)
+        return np.asarray(np.linalg.solve(gram + shift * np.eye(n_classes), kept @ held_out.T))
+    gram = kept.T @ kept
+    shift = max(ridge * np.trace(gram) / n_classes, 1e-9)
+    return np.asarray(kept @ np.linalg.solve(gram + shift * np.eye(dim), held_out.T))
+
+
+def _checked(class_embeddings: FloatArray, knowledge: FloatArray, images: LabelledFeatures) -> tuple[Matrix, Matrix]:
+    embeddings, vectors = check_rows(class_embeddings, "class_embeddings"), check_rows(knowledge, "knowledge")
+    names = images.class_names
+    for name, rows in (("class_embeddings", embeddings), ("knowledge", vectors)):
+        if len(rows) != len(names):
+            raise ShapeMismatch(f"{name} has {len(rows)} rows for {len(names)} seen classes.", field=name)
+    if len(images.features) != len(images.labels) or images.features.ndim != 2:
+        raise ShapeMismatch(f"images has features {images.features.shape} and {len(images.labels)} labels.")
+    if not np.isfinite(images.features).all():
+        raise InvalidInput("Image features hold NaN or infinity; leave such images out.", field="images")
+    if len(images.labels) and not (images.labels.min() >= 0 and images.labels.max() < len(names)):
+        raise InvalidInput(f"Image labels run past the {len(names)} class names.", field="images")
+    empty = np.flatnonzero(np.bincount(images.labels, minlength=len(names)) == 0)
+    if len(empty):
+        raise TooFewSamples(
+            f"Class {names[empty[0]]!r} has no image to choose a relation with; add some or leave it out.",
+            field="images",
+        )
+    return embeddings, vectors
