@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from models.embedding.pipeline import EmbeddingResult, build_class_embeddings
 from sqlalchemy.orm import Session
 
 from models.base import FloatArray, LabelledFeatures, PatchTable
 from models.embedding.class_embedder import ClassEmbedder
+from models.embedding.pipeline import (
+    EmbeddingResult,
+    fit_patch_embedding,
+    load_patch_embedding,
+    method_params,
+    relate_classes,
+    validation_classes,
+)
 from models.errors import TooFewSamples
 from models.knowledge.base import require
 from models.params import BackboneParams, EmbeddingSetParams, PatchParams
 from service.core import repositories
 from service.core.tables import Dataset, EmbeddingClass, EmbeddingSet, Knowledge
 from workers.backbones import prepared_backbone
-from workers.features import FeatureTable, image_features
+from workers.features import FeatureTable, feature_spec, image_features
 from workers.finetuning import trainable_backbone
 from workers.imports import put_directory, read_feature_files
 from workers.rows import ImageRow, SplitRows, split_rows, splits_npz
 from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device, seed_everything
-from workers.sources import describe_backbone, open_knowledge
+from workers.sources import describe_backbone, open_knowledge, unpack
 
 if TYPE_CHECKING:
     from models.backbones import Backbone
 
 MAX_REPORTED = 1000
 N_CONTRIBUTIONS = 5
+FIT_FORMAT = 1  # grows when the same inputs would give another fit
 PHASES = [
     ("backbone", 0.02),
     ("features", 0.62),
@@ -63,6 +73,7 @@ class Tables:
     images: LabelledFeatures
     report: dict[str, Any]
     files: dict[str, str]
+    content: str  # digest of the features' origin: images, network, way of cutting
 
 
 def build_embedding_set(context: TaskContext) -> Publisher:
@@ -78,15 +89,13 @@ def build_embedding_set(context: TaskContext) -> Publisher:
         tables, backbone = _feature_tables(context, inputs), None
     else:
         tables, backbone = _image_tables(context, inputs, device)
-    result = build_class_embeddings(
-        tables.patches,
+    fitted = _fitted(context, inputs, tables, knowledge_seen, backbone, device)
+    result = relate_classes(
+        fitted,
         tables.images,
         knowledge_seen,
-        method=inputs.row.method,
         relation=inputs.row.relation,
         params=inputs.params,
-        backbone=backbone,
-        device=device,
         on_progress=context.progress,
     )
     directory = context.scratch_dir / "model"
@@ -95,6 +104,54 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     files["splits.npz"] = context.store.put_bytes(splits_npz(inputs.rows, [*inputs.seen, *inputs.unseen]))
     classes = class_rows(inputs.row.id, result.embedder, inputs.unseen, knowledge_unseen)
     return _publisher(inputs, tables, result, files, classes)
+
+
+def _fitted(
+    context: TaskContext, inputs: Inputs, tables: Tables, knowledge: FloatArray, backbone: Any, device: str
+) -> Any:
+    """The fitted embedding method; the same one again where only the relation or the unseen classes differ."""
+    method, params = inputs.row.method, inputs.params
+    key = _fit_key(inputs, tables, knowledge)
+    with context.database.read() as session:
+        cached = repositories.get_cached_artifact(session, key)
+    directory = context.scratch_dir / "fitted"
+    if cached is not None:
+        files = cached.summary["files"]
+        return load_patch_embedding(method, unpack(context.store, files, tuple(files), directory))
+    fitted = fit_patch_embedding(
+        tables.patches,
+        tables.images,
+        knowledge,
+        method=method,
+        params=params,
+        backbone=backbone,
+        device=device,
+        on_progress=context.progress,
+    )
+    fitted.save(directory)
+    files = put_directory(context, directory)
+    with context.database.write() as session:
+        repositories.put_cached_artifact(session, key, next(iter(files.values())), {"files": files})
+    return fitted
+
+
+def _fit_key(inputs: Inputs, tables: Tables, knowledge: FloatArray) -> str:
+    """Digest of all that determines the fitted method."""
+    params = inputs.params
+    asked = [
+        FIT_FORMAT,
+        inputs.row.method,
+        method_params(inputs.row.method, params).model_dump(mode="json"),
+        params.seed,
+        list(validation_classes(inputs.seen, params)),
+        tables.content,
+        list(inputs.seen),
+    ]
+    digest = hashlib.sha256(json.dumps(asked).encode())
+    digest.update(np.ascontiguousarray(tables.images.labels).tobytes())
+    if inputs.row.method == "vgse":
+        digest.update(np.ascontiguousarray(knowledge).tobytes())
+    return f"fitted-{digest.hexdigest()}"
 
 
 def _publisher(
@@ -163,7 +220,8 @@ def _image_tables(context: TaskContext, inputs: Inputs, device: str) -> tuple[Ta
     if inputs.row.method == "vgse" and params.clustering.mode == "finetune":
         trainable = trainable_backbone(context, backbone, sha256s, patch_table, params.patches)
     report = _report(train, params.backbone, backbone, patch_table, whole)
-    return Tables(patches, images, report, files), trainable
+    content = hashlib.sha256("".join([feature_spec(backbone, params.patches), *sha256s]).encode()).hexdigest()
+    return Tables(patches, images, report, files, content), trainable
 
 
 def _tables(
@@ -214,14 +272,15 @@ def _feature_tables(context: TaskContext, inputs: Inputs) -> Tables:
     labels = of_label[dataset.labels[rows]]
     features = dataset.features[rows]
     patches = PatchTable(features, np.arange(len(rows), dtype=np.int32), labels, inputs.seen)
-    report = {
+    report: dict[str, Any] = {
         "backbone": None,
         "n_skipped_images": 0,
         "skipped_images": [],
         "n_patches_computed": 0,
         "patches_per_s": None,
     }
-    return Tables(patches, LabelledFeatures(features, labels, inputs.seen), report, {})
+    content = json.dumps(inputs.dataset.artifacts, sort_keys=True)
+    return Tables(patches, LabelledFeatures(features, labels, inputs.seen), report, {}, content)
 
 
 def class_rows(

@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from models.data.images import ImageLimits
 from models.errors import ModelError
 from service.core.errors import Invalid, ServiceError, Unavailable, problem_of
 from service.core.logging import configure_logging
@@ -138,7 +139,8 @@ def create_inference_app(settings: Settings) -> Starlette:
     """The ASGI app; models are loaded when first asked for."""
     services = open_services(settings)
     device = choose_device(settings.device)
-    engine = Engine(device=device)
+    limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+    engine = Engine(device=device, limits=limits)
     inference = Inference(Library(services.database, services.store, settings, device=device), engine)
 
     @asynccontextmanager

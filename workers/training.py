@@ -216,8 +216,11 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
     bounds = np.cumsum([len(rows.train), len(rows.test_seen), len(rows.test_unseen)])
     group = np.searchsorted(bounds, table.image_index, side="right")
     labels = class_numbers([everything[i] for i in table.image_index], names)
-    parts = [LabelledFeatures(features[group == k], labels[group == k], names if k else inputs.seen) for k in range(3)]
-    return ImageTables(*parts, describe_backbone(params, backbone), files, len(table.failures))
+    train, test_seen, test_unseen = (
+        LabelledFeatures(features[group == k], labels[group == k], names if k else inputs.seen) for k in range(3)
+    )
+    about = describe_backbone(params, backbone)
+    return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures))
 
 
 def _trained_backbone(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from models.base import FloatArray, LabelledFeatures, OnProgress, PatchTable, Progress, ignore_progress
@@ -58,59 +59,87 @@ class EmbeddingResult:
         (directory / REPORT_FILE).write_text(json.dumps(self.report(), ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def build_class_embeddings(
+def fit_patch_embedding(
     patches: PatchTable,
     images: LabelledFeatures,
     knowledge: FloatArray,
     *,
     method: str,
-    relation: str,
     params: EmbeddingSetParams,
     backbone: Any = None,
     device: str = "cpu",
     on_progress: OnProgress = ignore_progress,
-) -> EmbeddingResult:
-    """Embeds the seen classes of `patches` and says how to embed others.
+) -> Any:
+    """The embedding method, fitted on training patches of seen classes; validation classes are cut from these.
 
-    images: whole-image features of the same training images, used to score choices on validation classes.
+    images: whole-image features of the same images, used to score choices on validation classes.
     knowledge: (n_classes, knowledge_dim), a row for each of `patches.class_names`.
     backbone: a TrainableBackbone where params ask for fine-tuning.
-    Only training rows of seen classes come in here; validation classes are cut from them.
     """
-    names = patches.class_names
-    validation = _validation_classes(names, params)
-    fitted = _create(method, params, device)
+    module, attribute = _implementation(method)
+    fitted = getattr(module, attribute)(method_params(method, params), seed=params.seed, device=device)
     extra = {"backbone": backbone} if backbone is not None else {}
-    fitted.fit(
-        patches, knowledge, image_features=images, validation_classes=validation, on_progress=on_progress, **extra
+    return fitted.fit(
+        patches,
+        knowledge,
+        image_features=images,
+        validation_classes=validation_classes(patches.class_names, params),
+        on_progress=on_progress,
+        **extra,
     )
+
+
+def load_patch_embedding(method: str, directory: Path) -> Any:
+    """A fitted embedding method that was saved in `directory`."""
+    module, attribute = _implementation(method)
+    return getattr(module, attribute).load(directory)
+
+
+def relate_classes(
+    fitted: Any,
+    images: LabelledFeatures,
+    knowledge: FloatArray,
+    *,
+    relation: str,
+    params: EmbeddingSetParams,
+    on_progress: OnProgress = ignore_progress,
+) -> EmbeddingResult:
+    """The embedder of any class: seen ones as fitted, others by the relation asked for, or chosen on seen classes."""
+    names = tuple(images.class_names)
     on_progress(Progress("relations", 0, 1))
     choice = None
+    chosen, relation_params = relation, params.relation
     if relation == "auto":
         choice = select_relation(
-            fitted.class_embeddings_, knowledge, images, seed=params.seed, defaults=params.relation,
+            fitted.class_embeddings_,
+            knowledge,
+            images,
+            seed=params.seed,
+            defaults=params.relation,
             on_progress=on_progress,
-        )  # fmt: skip
-        relation, relation_params = choice.relation, choice.params
-    else:
-        relation_params = params.relation
-    embedder = ClassEmbedder(
-        tuple(names), fitted.class_embeddings_, knowledge, cast(Relation, relation), relation_params
-    )
+        )
+        chosen, relation_params = choice.relation, choice.params
+    embedder = ClassEmbedder(names, fitted.class_embeddings_, knowledge, cast(Relation, chosen), relation_params)
     on_progress(Progress("relations", 1, 1))
-    return EmbeddingResult(fitted, embedder, validation, choice)
+    return EmbeddingResult(fitted, embedder, validation_classes(names, params), choice)
 
 
-def _create(method: str, params: EmbeddingSetParams, device: str) -> Any:
-    row = get_method(method, "embedding")
-    module, _, attribute = row.path.partition(":")
-    own: Params = getattr(params, SECTIONS[method]) if method in SECTIONS else row.params()
-    return getattr(import_module(module), attribute)(own, seed=params.seed, device=device)
+def method_params(method: str, params: EmbeddingSetParams) -> Params:
+    """The part of the parameters that the embedding method reads."""
+    own = getattr(params, SECTIONS[method]) if method in SECTIONS else get_method(method, "embedding").params()
+    assert isinstance(own, Params)
+    return own
 
 
-def _validation_classes(names: Sequence[str], params: EmbeddingSetParams) -> tuple[str, ...]:
+def validation_classes(names: Sequence[str], params: EmbeddingSetParams) -> tuple[str, ...]:
+    """As asked for; else a seeded fifth of the seen classes; none where there are too few."""
     if params.validation_classes is not None:
         return tuple(params.validation_classes)
     if len(names) < MIN_CLASSES_TO_VALIDATE:
         return ()
     return choose_validation_classes(names, seed=params.seed)
+
+
+def _implementation(method: str) -> tuple[ModuleType, str]:
+    module, _, attribute = get_method(method, "embedding").path.partition(":")
+    return import_module(module), attribute
