@@ -12,6 +12,7 @@ import httpx
 from service.client_http import Json, ServiceUnreachable, Transport, UnseenError
 from service.client_jobs import JobFailed, JobFollower, OnJob, WaitTimeout
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 _PATHS = {"ds": "datasets", "kn": "knowledge", "es": "embedding-sets", "cl": "classifiers", "job": "jobs"}
 
 
@@ -20,7 +21,7 @@ class Connection:
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:8000",
+        base_url: str = DEFAULT_URL,
         api_key: str | None = None,
         *,
         timeout: float = 120.0,

@@ -1,0 +1,179 @@
+"""The command `unseen`: starts the service or a part of it, and uses a running one. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from models.errors import ModelError
+from service import cli_embed
+from service.cli_output import error_console, print_error
+from service.client import UnseenError
+from service.core.errors import ServiceError
+from service.core.settings import Settings
+from service.local import is_port_free
+
+app = typer.Typer(
+    name="unseen",
+    help="Class embeddings, and zero-shot classification, for classes you have no pictures of.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+app.command()(cli_embed.embed)
+app.command()(cli_embed.classify)
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on; others than loopback need API keys.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of everything the service keeps.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: all cores.")]
+
+
+@app.command()
+def serve(
+    host: Host = None, port: Port = None, data_dir: DataDir = None, device: Device = None, threads: Threads = None
+) -> None:
+    """Starts everything: API, worker, inference process, embedded Valkey and SQLite. Ctrl-C stops it."""
+    from service.core.logging import configure_logging
+    from service.supervisor import Supervisor
+
+    settings = read_settings(host=host, port=port, data_dir=data_dir, device=device, threads=threads)
+    check_listening(settings)
+    require_torch()
+    configure_logging(settings.log_level)
+    error_console.print(
+        f"Unseen listens on [bold]http://{settings.host}:{settings.port}[/] (docs: /docs), "
+        f"keeps its data in {settings.data_dir.resolve()}. Ctrl-C stops it.",
+        soft_wrap=True,
+    )
+    raise typer.Exit(Supervisor(settings).run())
+
+
+@app.command()
+def api(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
+    """Starts the API alone; workers and inference run elsewhere."""
+    import uvicorn
+
+    from service.app import create_app
+    from service.core.logging import configure_logging
+
+    settings = read_settings(host=host, port=port, data_dir=data_dir)
+    check_listening(settings)
+    configure_logging(settings.log_level)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,  # event streams would hold it up
+    )
+
+
+@app.command()
+def worker(data_dir: DataDir = None, device: Device = None, threads: Threads = None) -> None:
+    """Starts one worker; it takes jobs from the queue until it is stopped."""
+    run_module("workers", read_settings(data_dir=data_dir, device=device, threads=threads))
+
+
+@app.command()
+def inference(data_dir: DataDir = None, device: Device = None, threads: Threads = None) -> None:
+    """Starts the inference process, which answers the API's classify and embed calls."""
+    run_module("workers.inference", read_settings(data_dir=data_dir, device=device, threads=threads))
+
+
+@app.command()
+def openapi(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: standard output.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only tell whether the file is up to date.")] = False,
+) -> None:
+    """Writes the OpenAPI document."""
+    from service.openapi import document_bytes
+
+    document = document_bytes()
+    if check:
+        if output is None:
+            raise typer.BadParameter("--check compares with a file: give it with --output.")
+        if not output.is_file() or output.read_bytes() != document:
+            print_error(f"{output} is not what the code says. Run 'make openapi' and commit it.")
+            raise typer.Exit(1)
+    elif output is None:
+        sys.stdout.buffer.write(document)
+    else:
+        output.write_bytes(document)
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    try:
+        typer.echo(metadata.version("unseen"))
+    except metadata.PackageNotFoundError:
+        typer.echo("0.0.0 (a checkout that is not installed)")
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings of the environment, with the options that were given in their place."""
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def check_listening(settings: Settings) -> None:
+    """Refuses to open the service to others without keys, and a port that is taken."""
+    from service.auth import Authenticator
+
+    try:
+        Authenticator(settings)
+    except ValueError as error:
+        raise UnseenError(str(error)) from error
+    if not is_port_free(settings.host, settings.port):
+        raise UnseenError(
+            f"Port {settings.port} of {settings.host} is taken. Stop what listens there, or choose another with --port."
+        )
+
+
+def require_torch() -> None:
+    """UnseenError with advice where the packages for computing are not installed."""
+    if find_spec("torch") is None:
+        raise UnseenError("Workers need torch, which is not installed here. Run: pip install 'unseen[torch]'")
+
+
+def run_module(module: str, settings: Settings) -> None:
+    """Becomes `python -m module` with these settings; the command line itself never loads torch."""
+    require_torch()
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module], {**os.environ, **settings.to_environment()})
+
+
+def main() -> None:
+    """Entry point: expected errors are one message on stderr and exit code 1; wrong usage is 2."""
+    try:
+        app()
+    except ValidationError as error:
+        for entry in error.errors():
+            name = "_".join(str(part) for part in entry["loc"])
+            print_error(f"The setting UNSEEN_{name.upper()}: {entry['msg']}.")
+    except ServiceError as error:
+        print_error(error.detail)
+    except (UnseenError, ModelError) as error:
+        print_error(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        return
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The steps from photos to predictions, as `unseen embed` and `unseen demo` take them: over REST, with bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.backbone_names import BACKBONE_NAMES
+from service.cli_output import console, duration, follow, print_rejected, upload_bar
+from service.client import Client, FolderUpload, UnseenError
+from service.client_http import Json
+from service.local import LocalService
+
+
+@dataclass
+class Network:
+    """The network for features. `weights`: imagenet, scratch, random, or a file; None: the service's default."""
+
+    name: str | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.weights is not None:
+            self.name = network_of(Path(self.weights).name) or ("small_cnn" if self.weights == "scratch" else None)
+
+    @property
+    def weights_dir(self) -> Path | None:
+        """The folder that the service must read weights from, if they are a file of this machine."""
+        path = Path(self.weights) if self.weights else None
+        return path.parent if path is not None and path.is_file() else None
+
+    def params(self) -> Json:
+        """BackboneParams as JSON, without what the service decides."""
+        weights = Path(self.weights).name if self.weights else None
+        return {key: value for key, value in (("name", self.name), ("weights", weights)) if value is not None}
+
+
+@dataclass
+class EmbedOptions:
+    """What an embedding set is asked for, beside its dataset and knowledge."""
+
+    unseen: Sequence[str]
+    seen: Sequence[str] | None = None
+    name: str | None = None
+    method: str = "vgse"
+    relation: str = "auto"
+    params: Json = field(default_factory=dict)
+
+
+def network_of(filename: str) -> str | None:
+    """The network whose name a weights file begins with: 'resnet50-0676ba61.pth' -> 'resnet50'."""
+    fitting = [name for name in BACKBONE_NAMES if filename.lower().startswith(name)]
+    return max(fitting, key=len, default=None)
+
+
+@contextmanager
+def private_service(data_dir: Path, weights_dir: Path | None = None) -> Iterator[tuple[LocalService, Client]]:
+    """A service of our own, ready, and its client; stopped at the end."""
+    with LocalService(data_dir, weights_dir=weights_dir) as service, Client(service.url) as client:
+        with console.status("Starting the service …"):
+            service.wait_until_ready(client)
+        yield service, client
+
+
+def upload(client: Client, folder: Path, *, test_classes: Sequence[str] = ()) -> tuple[Json, FolderUpload]:
+    """A new dataset with the folder's images, and what became of them."""
+    dataset = client.create_dataset(folder.resolve().name[:200] or "images")
+    with upload_bar("Upload") as advance:
+        report = client.upload_folder(dataset["id"], folder, test_classes=test_classes, on_progress=advance)
+    print_rejected(report.rejected)
+    return dataset, report
+
+
+def add_knowledge(client: Client, source: str, *, kind: str | None = None, is_encoder: bool = False) -> str:
+    """The id of the knowledge in a file or text encoder, added and read; an id (kn_…) is returned as it is."""
+    if is_encoder:
+        job = client.add_knowledge(source, model=source)
+    elif source.startswith("kn_") and not Path(source).exists():
+        return source
+    elif not Path(source).is_file():
+        raise UnseenError(f"There is no file {source}. Give a file of vectors, or the id of a knowledge source (kn_…).")
+    else:
+        job = client.add_knowledge(Path(source).name[:200], file=source, kind=kind)
+    return str(follow(client, job, "Knowledge")["resource"]["id"])
+
+
+def build(client: Client, dataset_id: str, knowledge_id: str, options: EmbedOptions) -> Json:
+    """An embedding set, built: its row. UnseenError lists everything that is wrong with the request."""
+    request: dict[str, Any] = {
+        "unseen_classes": list(options.unseen),
+        "seen_classes": options.seen,
+        "method": options.method,
+        "relation": options.relation,
+        "params": options.params,
+    }
+    if options.name:
+        request["name"] = options.name
+    cost = client.create_embedding_set(dataset_id, knowledge_id, validate_only=True, **request)
+    if not cost["valid"]:
+        problems = "\n  ".join(f"{p['pointer']}: {p['message']}" for p in cost["problems"][:20])
+        raise UnseenError(f"The request cannot be fulfilled:\n  {problems}")
+    if cost["seconds"]:
+        about = f"{cost['n_patches']:,} patches of {cost['n_images']:,} images"
+        console.print(f"[dim]{about}, about {duration(cost['seconds'])} ({cost['basis']})[/]")
+    job = client.create_embedding_set(dataset_id, knowledge_id, **request)
+    return client.embedding_set(follow(client, job, "Class embeddings")["resource"]["id"])
+
+
+def train(client: Client, title: str, dataset_id: str, **request: Any) -> Json:
+    """A classifier, trained and evaluated: its row."""
+    job = client.create_classifier(dataset_id, **request)
+    return client.classifier(follow(client, job, title)["resource"]["id"])
