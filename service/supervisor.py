@@ -27,7 +27,7 @@ from service.core.migrations import upgrade
 from service.core.process import launch
 from service.core.settings import Settings
 
-_STOP_S = 4.0  # for each group of parts, so that all of them end within ten seconds
+_STOP_S = 3.0  # for each group of parts, so that all of them end within ten seconds
 _MAX_BACKOFF_S = 30.0
 _STEADY_S = 60.0  # a part that ran this long starts again without delay
 # See workers/__main__.py; given here so that neither process has to start twice.
@@ -65,7 +65,7 @@ def default_parts(settings: Settings) -> list[Part]:
     """Inference, one worker a device, and the API."""
     python = sys.executable
     api = [python, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", settings.host]
-    api += ["--port", str(settings.port), "--timeout-graceful-shutdown", "3", "--no-server-header"]
+    api += ["--port", str(settings.port), "--timeout-graceful-shutdown", "2", "--no-server-header"]
     api += ["--log-level", settings.log_level, "--no-access-log"]
     found = devices(settings.device)
     inference = Part("inference", [python, "-m", "workers.inference"], {**_MALLOC, "UNSEEN_DEVICE": found[0]}, 0)

@@ -1,0 +1,152 @@
+"""Settings, database, migrations, ids, logs and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from datetime import timedelta, timezone
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from service.core import tables
+from service.core.db import Database, make_engine, utc_now
+from service.core.ids import PREFIXES, new_id
+from service.core.logging import redact
+from service.core.migrations import upgrade
+from service.core.process import host_id, is_dead
+from service.core.settings import Settings
+from tests.workers.harness import ROOT, is_alive, wait_until
+
+
+def test_the_migrations_make_exactly_the_tables(database: Database) -> None:
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, tables.Base.metadata) == []
+        assert context.get_current_revision() == "0001"
+    upgrade(database.engine)  # a second time changes nothing
+
+
+def test_many_processes_may_upgrade_at_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        engine = make_engine(url)
+        try:
+            upgrade(engine)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            engine.dispose()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_times_come_back_in_utc(database: Database) -> None:
+    moment = utc_now()
+    elsewhere = moment.astimezone(timezone(timedelta(hours=5)))
+    with database.write() as session:
+        session.add(tables.CachedArtifact(key="k", artifact="a", created_at=elsewhere))
+    with database.read() as session:
+        row = session.get(tables.CachedArtifact, "k")
+        assert row is not None
+        assert row.created_at == moment
+        assert row.created_at.utcoffset() == timedelta(0)
+
+
+def test_an_error_rolls_a_transaction_back(database: Database) -> None:
+    def broken() -> None:
+        with database.write() as session:
+            session.add(tables.CachedArtifact(key="k", artifact="a"))
+            session.flush()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        broken()
+    with database.read() as session:
+        assert session.get(tables.CachedArtifact, "k") is None
+
+
+def test_ids_are_prefixed_unique_and_sort_by_time() -> None:
+    ids = [new_id("job") for _ in range(1000)]
+    assert len(set(ids)) == 1000
+    assert all(id_.startswith("job_") and len(id_) == 30 for id_ in ids)
+    assert [id_[:14] for id_ in ids] == sorted(id_[:14] for id_ in ids)
+    assert len(set(PREFIXES.values())) == len(PREFIXES)
+
+
+def test_settings_travel_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(data_dir=tmp_path, heartbeat_s=0.5, queue="other", weights_dir=tmp_path / "w", port=1)
+    environment = settings.to_environment()
+    assert "UNSEEN_HOST" not in environment  # a default
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == settings
+
+
+def test_sockets_of_a_deep_data_directory_lie_in_a_private_short_one(tmp_path: Path) -> None:
+    shallow = Settings(data_dir=Path("/srv/unseen"))
+    assert shallow.run_dir == Path("/srv/unseen/run")
+    deep = tmp_path / ("x" * 80) / ("y" * 80)
+    settings, same, other = Settings(data_dir=deep), Settings(data_dir=deep), Settings(data_dir=deep / "z")
+    assert settings.run_dir == same.run_dir != other.run_dir
+    assert len(settings.resolved_inference_url.removeprefix("unix://")) <= 100
+    settings.make_dirs()
+    assert settings.run_dir.stat().st_mode & 0o777 == 0o700
+    settings.run_dir.rmdir()
+    settings.run_dir.symlink_to(tmp_path)  # somebody else was there first
+    with pytest.raises(OSError, match=r"belongs to somebody else|File exists"):
+        settings.make_dirs()
+    settings.run_dir.unlink()
+
+
+def test_passwords_do_not_reach_the_log() -> None:
+    assert redact("redis://user:hunter2@host:6379/0 and redis://:pw@h") == "redis://***@host:6379/0 and redis://***@h"
+    code = (
+        "from service.core.logging import configure_logging, get_logger; import logging; configure_logging('info');"
+        "get_logger('x').info('at', url='redis://:hunter2@h'); logging.getLogger('y').warning('at %s', 'a://u:hunter2@h')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.count("***@h") == 2
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+def test_whether_a_process_is_dead_is_only_said_of_this_host() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert is_dead(host_id(), child.pid)
+    assert not is_dead(host_id(), os.getpid())
+    assert not is_dead("other/boot/pid:[1]", child.pid)
+
+
+def test_a_launched_child_dies_with_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; from service.core.process import launch;"
+        f"p = subprocess.Popen(launch(['sleep', '60'])); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid));"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    child = int((tmp_path / "pid").read_text())
+    wait_until(lambda: b"sleep" in Path(f"/proc/{child}/cmdline").read_bytes())
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not is_alive(child))
+
+
+def test_the_core_imports_neither_torch_nor_fastapi() -> None:
+    code = (
+        "import sys, service.supervisor, service.core.reconciler, service.core.events, service.core.embedded;"
+        "assert not {'torch', 'fastapi', 'workers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,60 @@
+"""Queue and event stream on a real server, and without one."""
+
+from __future__ import annotations
+
+from redis import Redis
+
+from service.core import events, jobs
+from service.core.db import Database
+from service.core.queue import JobQueue, connect
+
+JOB = "job_" + "0" * 26
+OTHER = "job_" + "1" * 26
+
+
+def test_jobs_wait_in_order_and_positions_say_so(queue: JobQueue) -> None:
+    assert queue.enqueue(JOB)
+    assert queue.enqueue(OTHER, token=4)
+    assert queue.waiting() == [f"{JOB}-1", f"{OTHER}-5"]
+    assert (queue.position(JOB), queue.position(OTHER)) == (0, 1)
+    assert queue.position("job_unknown") is None
+    assert queue.contains(OTHER)
+    message = queue.rq.fetch_job(f"{JOB}-1")
+    assert message is not None
+    assert (message.func_name, list(message.args), message.kwargs) == ("workers.tasks.run_job", [JOB], {})
+
+
+def test_without_redis_nothing_is_raised_where_the_reconciler_repairs() -> None:
+    client = connect("unix:///nonexistent/socket")
+    queue = JobQueue(client, "q")
+    assert queue.enqueue(JOB) is False
+    assert queue.stop(JOB, "w") is False
+    assert queue.position(JOB) is None
+    assert events.publish(client, JOB, "status", {}) is None
+
+
+def test_events_come_back_in_order_and_resume(redis: Redis) -> None:
+    ids = [events.publish(redis, JOB, "progress", {"completed": i}) for i in range(5)]
+    got = events.read(redis, JOB)
+    assert [event.id for event in got] == ids
+    assert [event.data["completed"] for event in got] == [0, 1, 2, 3, 4]
+    assert [event.data["completed"] for event in events.read(redis, JOB, got[2].id)] == [3, 4]
+    assert events.read(redis, JOB, got[-1].id, block_ms=50) == []
+    assert events.last_id(redis, JOB) == ids[-1]
+    assert events.last_id(redis, OTHER) == "0-0"
+    assert 0 < redis.ttl(events.key(JOB)) <= events.EXPIRY_S
+
+
+def test_a_stream_stays_small(redis: Redis) -> None:
+    for i in range(3 * events.MAX_EVENTS):
+        events.publish(redis, JOB, "progress", {"completed": i})
+    assert events.MAX_EVENTS <= redis.xlen(events.key(JOB)) < 2 * events.MAX_EVENTS
+
+
+def test_a_status_event_shows_the_job(redis: Redis, database: Database) -> None:
+    with database.write() as session:
+        job_id = jobs.create_job(session, "embed", "es_none", {}).id
+    events.publish_status(redis, database, job_id)
+    events.publish_status(redis, database, "job_unknown")
+    (event,) = events.read(redis, job_id)
+    assert (event.event, event.data["id"], event.data["queue_position"]) == ("status", job_id, 0)

@@ -1,0 +1,298 @@
+"""The inference engine with a small exact backbone: batching, isolation of bad images, limits, shutdown."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, wait
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.base import FloatArray, LabelledFeatures
+from models.embedding.extraction import ImageFeatures, extract_features
+from models.errors import InvalidInput, UnknownName
+from models.params import PatchParams
+from models.zero_shot.base import create_classifier
+from workers.engine import Engine, EngineBusy, EngineClosed, prepare_image
+from workers.predictions import ImageError, Prediction, Resident, rank
+
+NAMES = ("red", "green", "blue", "grey")
+EMBEDDINGS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], np.float32)
+
+
+class MeanColour:
+    """Feature = mean of each channel, 0..1. Counts batches; may be told to wait or to fail."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.error: Exception | None = None
+
+    def features(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        assert self.go.wait(20)
+        if self.error is not None:
+            raise self.error
+        return images.float().mean(dim=(2, 3)) / 255
+
+
+class Dot:
+    """score = feature . embedding."""
+
+    def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+        return np.asarray(features @ class_embeddings.T, np.float32)
+
+
+def picture(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, GREEN, BLUE = picture((200, 0, 0)), picture((0, 200, 0)), picture((0, 0, 200))
+
+
+def resident(backbone: MeanColour | None = None) -> Resident:
+    seen = np.array([True, False, True, False])
+    return Resident(Dot(), backbone or MeanColour(), 32, NAMES, EMBEDDINGS, seen, gamma=0.0, temperature=0.1)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    threads = torch.get_num_threads()
+    with Engine(decode_threads=2, max_wait_ms=50) as running:
+        yield running
+    torch.set_num_threads(threads)
+
+
+def labels(answers: list[list[Prediction] | ImageError]) -> list[str | None]:
+    return [None if isinstance(answer, ImageError) else answer[0].label for answer in answers]
+
+
+def test_answers_come_in_the_order_of_the_images(engine: Engine) -> None:
+    model = replace(resident(), class_names=NAMES[:3], embeddings=EMBEDDINGS[:3], is_seen=np.array([True, False, True]))
+    images = [RED, BLUE, GREEN, BLUE] * 5
+    assert labels(engine.classify(model, images)) == ["red", "blue", "green", "blue"] * 5
+    assert engine.classify(model, []) == []
+    assert engine.stats().n_images == 20
+    assert engine.stats().n_waiting == 0
+
+
+def test_scores_are_softmax_of_calibrated_scores_over_temperature(engine: Engine) -> None:
+    answer = engine.classify(resident(), [RED], gamma=0.3, top_k=4)[0]
+    assert not isinstance(answer, ImageError)
+    red = float(np.float16(200 / 255))
+    scores = np.array([red - 0.3, 0, -0.3, red]) / 0.1
+    expected = np.exp(scores) / np.exp(scores).sum()
+    assert [p.label for p in answer] == ["grey", "red", "green", "blue"]
+    assert [p.score for p in answer] == pytest.approx([expected[3], expected[0], expected[1], expected[2]], rel=1e-4)
+    assert [p.seen for p in answer] == [False, True, False, True]
+
+
+def test_scope_and_names_choose_who_competes_and_top_k_how_many_are_told(engine: Engine) -> None:
+    model = resident()
+    unseen = engine.classify(model, [RED], scope="unseen")[0]
+    assert not isinstance(unseen, ImageError)
+    assert [p.label for p in unseen] == ["grey", "green"]
+    assert sum(p.score for p in unseen) == pytest.approx(1)
+    named = engine.classify(model, [RED], class_names=["blue", "red", "blue"], top_k=1)[0]
+    assert not isinstance(named, ImageError)
+    assert [p.label for p in named] == ["red"]
+    with pytest.raises(UnknownName, match="Did you mean 'green'"):
+        engine.classify(model, [RED], class_names=["gren"])
+    with pytest.raises(InvalidInput, match="scope 'seen'"):
+        engine.classify(model, [RED], class_names=["green"], scope="seen")
+    with pytest.raises(InvalidInput, match="top_k"):
+        engine.classify(model, [RED], top_k=0)
+
+
+def test_residents_own_gamma_is_used_unless_another_is_given() -> None:
+    features = np.array([[0.5, 0.4, 0.0]], np.float32)
+    model = replace(resident(), gamma=0.2)
+    classes = np.array([0, 1])
+    assert rank(model, features, classes, k=1)[0][0].label == "green"
+    assert rank(model, features, classes, k=1, gamma=0.0)[0][0].label == "red"
+
+
+def test_one_bad_image_fails_alone(engine: Engine) -> None:
+    answers = engine.classify(resident(), [RED, b"not an image", RED[:60], b"", GREEN])
+    assert [isinstance(answer, ImageError) for answer in answers] == [False, True, True, True, False]
+    assert isinstance(answers[3], ImageError)
+    assert "empty" in answers[3].reason
+    assert all(isinstance(a, ImageError) for a in engine.classify(resident(), [b"", b"x"]))
+
+
+def test_images_of_many_requests_share_batches_and_none_is_larger_than_allowed() -> None:
+    backbone = MeanColour()
+    backbone.go.clear()
+    model = resident(backbone)
+    with Engine(max_batch=8, max_wait_ms=200, decode_threads=2) as engine:
+        futures = [engine.submit(model, [RED]) for _ in range(25)]
+        time.sleep(0.5)  # the first batch hangs in the backbone; the others gather behind it
+        backbone.go.set()
+        wait(futures, timeout=20)
+        assert [labels(future.result())[0] for future in futures] == ["red"] * 25
+    assert sum(backbone.batches) == 25
+    assert max(backbone.batches) == 8
+    assert len(backbone.batches) <= 6
+
+
+def test_a_single_image_never_waits_for_company() -> None:
+    with Engine(max_wait_ms=5000) as engine:
+        engine.classify(resident(), [RED])  # threads and first calls warm
+        started = time.monotonic()
+        engine.classify(resident(), [RED])
+        assert time.monotonic() - started < 2.5
+
+
+def test_two_backbones_are_not_mixed(engine: Engine) -> None:
+    first, second = MeanColour(), MeanColour()
+    futures = [engine.submit(resident(b), [RED, GREEN]) for b in (first, second) * 3]
+    wait(futures, timeout=20)
+    assert sum(first.batches) == sum(second.batches) == 6
+
+
+def test_full_queue_refuses_at_once_and_recovers() -> None:
+    backbone = MeanColour()
+    backbone.go.clear()
+    model = resident(backbone)
+    with Engine(max_pending=3) as engine:
+        first = engine.submit(model, [RED] * 3)
+        with pytest.raises(EngineBusy, match="3 images are waiting and at most 3"):
+            engine.submit(model, [RED])
+        backbone.go.set()
+        assert len(first.result(timeout=20)) == 3
+        assert len(engine.classify(model, [RED] * 5)) == 5  # larger than the limit, but alone
+
+
+def test_failing_backbone_fails_its_requests_and_the_engine_lives_on(engine: Engine) -> None:
+    backbone = MeanColour()
+    backbone.error = RuntimeError("device is sick")
+    with pytest.raises(RuntimeError, match="sick"):
+        engine.classify(resident(backbone), [RED, GREEN])
+    backbone.error = None
+    assert labels(engine.classify(resident(backbone), [BLUE], class_names=NAMES[:3])) == ["blue"]
+    assert engine.is_alive()
+    assert engine.stats().n_waiting == 0
+
+
+def test_failing_classifier_fails_its_request_only(engine: Engine) -> None:
+    class Broken:
+        def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+            raise InvalidInput("no such thing")
+
+    with pytest.raises(InvalidInput, match="no such thing"):
+        engine.classify(replace(resident(), classifier=Broken()), [RED])
+    assert labels(engine.classify(resident(), [RED])) == ["red"]
+
+
+def test_cancelled_request_is_dropped_and_others_go_on() -> None:
+    backbone = MeanColour()
+    backbone.go.clear()
+    with Engine(max_batch=1) as engine:
+        first, second, third = (engine.submit(resident(backbone), [RED]) for _ in range(3))
+        assert second.cancel()
+        backbone.go.set()
+        assert labels(first.result(timeout=20)) == ["red"]
+        assert labels(third.result(timeout=20)) == ["red"]
+        with pytest.raises(CancelledError):
+            second.result()
+
+
+def test_close_fails_what_is_unanswered_and_refuses_what_comes_later() -> None:
+    backbone = MeanColour()
+    backbone.go.clear()
+    engine = Engine(max_batch=1, decode_threads=1)
+    futures = [engine.submit(resident(backbone), [RED]) for _ in range(4)]
+    while not backbone.batches:
+        time.sleep(0.01)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    time.sleep(0.1)
+    backbone.go.set()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
+    wait(futures, timeout=5)
+    assert labels(futures[0].result()) == ["red"]
+    assert all(isinstance(future.exception(), EngineClosed) for future in futures[1:])
+    assert not engine.is_alive()
+    with pytest.raises(EngineClosed):
+        engine.submit(resident(), [RED])
+    engine.close()  # twice is harmless
+
+
+def test_many_threads_get_their_own_answers(engine: Engine) -> None:
+    model = replace(resident(), class_names=NAMES[:3], embeddings=EMBEDDINGS[:3], is_seen=np.array([True, False, True]))
+    wrong: list[int] = []
+
+    def ask(number: int) -> None:
+        for turn in range(10):
+            index = (number + turn) % 3
+            images = [(RED, GREEN, BLUE)[index], b"bad"][: 1 + turn % 2]
+            if labels(engine.classify(model, images))[0] != NAMES[index]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not wrong
+    assert engine.stats().n_waiting == 0
+
+
+def test_features_are_those_of_the_training_extraction() -> None:
+    """The same file through the engine and through the extraction of image features gives the same numbers."""
+    from models.backbones import create_backbone
+
+    rng = np.random.default_rng(0)
+    files = []
+    for width, height, kind in ((300, 200, "JPEG"), (90, 400, "PNG"), (20, 20, "PNG"), (700, 650, "JPEG")):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(buffer, kind)
+        files.append(buffer.getvalue())
+    backbone = create_backbone("small_cnn", weights=None)
+    params = PatchParams(method="whole", size=64)
+    extracted = list(extract_features([(str(i), lambda d=d: d) for i, d in enumerate(files)], backbone, params))
+    seen: list[FloatArray] = []
+
+    class Keep:
+        def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+            seen.append(features)
+            return np.zeros((len(features), len(class_embeddings)), np.float32)
+
+    with Engine() as engine:
+        engine.classify(replace(resident(), classifier=Keep(), backbone=backbone, size=64), files)
+    for row, trained in zip(seen[0], extracted, strict=True):
+        assert isinstance(trained, ImageFeatures)
+        np.testing.assert_allclose(row, trained.features[0].astype(np.float32), rtol=2e-3, atol=1e-3)
+    assert prepare_image(files[0], 64).shape == (3, 64, 64)
+
+
+def test_a_real_classifier_answers_through_the_engine(engine: Engine, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    colours = rng.integers(20, 235, (90, 3))
+    prototypes = rng.uniform(0.1, 0.9, (9, 3))
+    nearest = np.argmin(((colours[:, None] / 255 - prototypes) ** 2).sum(axis=2), axis=1)
+    used = np.unique(nearest)
+    train = LabelledFeatures(
+        (colours / 255).astype(np.float32), np.searchsorted(used, nearest), tuple(f"c{i}" for i in used)
+    )
+    model = create_classifier("eszsl").fit(train, prototypes[used].astype(np.float32))
+    table = Resident(
+        model, MeanColour(), 16, train.class_names, prototypes[used].astype(np.float32),
+        np.ones(len(used), np.bool_), model.gamma_, model.temperature_,
+    )  # fmt: skip
+    answers = engine.classify(table, [picture((int(r), int(g), int(b))) for r, g, b in colours[:20]])
+    expected = model.scores(train.features[:20], table.embeddings).argmax(axis=1)
+    right = [train.class_names[e] == label for e, label in zip(expected, labels(answers), strict=True)]
+    assert np.mean(right) >= 0.9  # float16 rounding and resizing may turn a near tie
