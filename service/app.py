@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from threading import Event, Thread
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
+from redis.asyncio import Redis as AsyncRedis
 
 from service import problems
 from service.auth import Authenticator
@@ -22,6 +21,7 @@ from service.deps import Parts
 from service.idempotency import Idempotency
 from service.inference_client import InferenceClient
 from service.middleware import Gate
+from service.openapi import openapi_document
 from service.routes import classifiers, classify, datasets, embedding_sets, embeddings, jobs, knowledge, system, uploads
 
 DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
@@ -34,8 +34,9 @@ def make_parts(settings: Settings) -> Parts:
     return Parts(
         settings=settings,
         database=Database(make_engine(settings.resolved_database_url)),
-        store=ArtifactStore(settings.resolved_store_url, settings.data_dir.resolve() / "cache"),
+        store=ArtifactStore(settings.resolved_store_url, settings.cache_dir),
         redis=connection,
+        async_redis=AsyncRedis.from_url(settings.resolved_redis_url, socket_connect_timeout=3, socket_timeout=10),
         queue=JobQueue(connection, settings.queue),
         inference=InferenceClient(settings),
     )
@@ -47,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.make_dirs()
         parts = app.state.parts = make_parts(settings)
         migrations.upgrade(parts.database.engine)
         reconciler = Reconciler(parts.database, parts.redis, parts.queue, settings)
@@ -58,6 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         stop.set()
         thread.join(timeout=10)
         await parts.inference.close()
+        await parts.async_redis.aclose()
         parts.redis.close()
         parts.database.close()
 
@@ -71,12 +73,3 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Gate, settings=settings, authenticator=Authenticator(settings))
     app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
     return app
-
-
-def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with one error shape everywhere. Made once."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version="v1", description=app.description, routes=app.routes)
-        problems.document(document)
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -51,16 +51,21 @@ class Authenticator:
         """The caller's name; Unauthorized or Forbidden otherwise."""
         if not self.keys or path in OPEN_PATHS or path.startswith("/docs"):
             return "anonymous"
-        given = x_api_key or (authorization or "").removeprefix("Bearer ").strip()
+        given = x_api_key or _bearer(authorization or "")
         digest = hashlib.sha256(given.encode()).hexdigest()
         # Every key is compared, so that time does not tell which one came close.
         matches = [key for key in self.keys if hmac.compare_digest(key.sha256, digest)]
-        if not matches:
+        if not given or not matches:
             raise Unauthorized("Send a valid API key as 'Authorization: Bearer KEY'.")
         needed = "read" if method in ("GET", "HEAD", "OPTIONS") else "write"
         if not matches[0].scopes & {needed, "admin"}:
             raise Forbidden(f"This API key lacks the scope {needed!r}.")
         return matches[0].name
+
+
+def _bearer(authorization: str) -> str:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_loopback(host: str) -> bool:

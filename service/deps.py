@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import redis
 from fastapi import Depends, Query, Request
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from models.data.images import ImageLimits
 from service.core.artifacts import ArtifactStore
 from service.core.db import Database
-from service.core.errors import Invalid
+from service.core.errors import Invalid, Problem
 from service.core.queue import JobQueue
 from service.core.settings import Settings
 from service.inference_client import InferenceClient
@@ -27,7 +28,8 @@ class Parts:
     settings: Settings
     database: Database
     store: ArtifactStore
-    redis: redis.Redis
+    redis: Redis
+    async_redis: AsyncRedis
     queue: JobQueue
     inference: InferenceClient
 
@@ -44,21 +46,46 @@ def get_parts(request: Request) -> Parts:
 
 
 PartsDep = Annotated[Parts, Depends(get_parts)]
-Limit = Annotated[int, Query(ge=1, le=100, description="Items of one page.")]
-Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]
 
 
-def decode_cursor(cursor: str | None) -> str | None:
-    """The key behind an opaque cursor; Invalid if it is not one of ours."""
-    if cursor is None:
-        return None
+@dataclass(frozen=True)
+class Paging:
+    """Which page of a list is asked for. A cursor is bound to its list: one from elsewhere is refused."""
+
+    path: str
+    limit: int
+    after: str | None
+
+    def out(self, items: Sequence[Any], has_more: bool, key: Callable[[], str]) -> dict[str, Any]:
+        """The list answer: data, has_more, next_cursor. `key` tells the last item's; it is asked if more follow."""
+        cursor = None
+        if has_more:
+            cursor = base64.urlsafe_b64encode(f"{self.path}\n{key()}".encode()).decode("ascii")
+        return {"data": list(items), "has_more": has_more, "next_cursor": cursor}
+
+
+def _paging(default: int) -> Callable[..., Paging]:
+    def get_paging(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100, description="Items of one page.")] = default,
+        cursor: Annotated[str | None, Query(max_length=2000, description="`next_cursor` of the page before.")] = None,
+    ) -> Paging:
+        path = request.url.path
+        return Paging(path, limit, None if cursor is None else _decoded(cursor, path))
+
+    return get_paging
+
+
+PagingDep = Annotated[Paging, Depends(_paging(20))]
+LongPagingDep = Annotated[Paging, Depends(_paging(100))]
+
+
+def _decoded(cursor: str, path: str) -> str:
     try:
-        return base64.urlsafe_b64decode(cursor.encode("ascii")).decode("utf-8")
+        of_path, _, key = base64.urlsafe_b64decode(cursor.encode("ascii")).decode("utf-8").partition("\n")
     except (binascii.Error, UnicodeError):
-        raise Invalid("`cursor` is not one that this service gave out; pass `next_cursor` unchanged.") from None
-
-
-def page_out(items: Sequence[Any], has_more: bool, key: Callable[[], str]) -> dict[str, Any]:
-    """The list answer: data, has_more, next_cursor."""
-    cursor = base64.urlsafe_b64encode(key().encode("utf-8")).decode("ascii") if has_more else None
-    return {"data": list(items), "has_more": has_more, "next_cursor": cursor}
+        of_path, key = "", ""
+    if of_path != path or not key or "\0" in key:
+        message = "`cursor` is not one that this list gave out; pass its `next_cursor` unchanged."
+        raise Invalid(message, problems=[Problem("/query/cursor", message)])
+    return key

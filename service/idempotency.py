@@ -7,19 +7,21 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
-from sqlalchemy.exc import IntegrityError
+import structlog
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.core.db import Database, utc_now
-from service.core.errors import Conflict, Invalid
+from service.core.errors import Conflict, Invalid, ServiceError
 from service.core.tables import IdempotencyKey
 from service.problems import problem_response
 
 LEASE_S = 30.0  # a key held by a process that died is free again after this long
 MAX_STORED_BYTES = 16 * 2**20
+NOT_RECORDED = (408, 409, 413, 429)  # the same request may fare better later
+log = structlog.get_logger("unseen.api")
 
 
 class Idempotency:
@@ -69,40 +71,31 @@ class Idempotency:
             return IdempotencyKey(key=digest, status=None)
 
     async def _run(self, digest: str, scope: Scope, receive: Receive, send: Send) -> None:
-        body_hash = hashlib.sha256()
-        start: dict[str, Any] = {}
+        body = _HashedBody(receive)
+        start: Message = {}
         answer = bytearray()
-        more = True
-
-        async def hashing_receive() -> Message:
-            nonlocal more
-            message = await receive()
-            if message["type"] == "http.request":
-                body_hash.update(message.get("body", b""))
-                more = message.get("more_body", False)
-            return message
 
         async def recording_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 start.update(message)
-            elif message["type"] == "http.response.body":
-                answer.extend(message.get("body", b""))
-                if not message.get("more_body", False):
-                    # Recorded before the last byte leaves: whoever saw the answer can have it again.
-                    while more:
-                        if (await hashing_receive())["type"] == "http.disconnect":
-                            break
-                    await run_in_threadpool(self._finish, digest, body_hash.hexdigest(), start, bytes(answer))
-            await send(message)
+                return
+            answer.extend(message.get("body", b""))
+            if not message.get("more_body", False):
+                # Recorded before the first byte leaves: whoever saw the answer can have it again.
+                digest_of_body = await body.digest_of_all()
+                await run_in_threadpool(self._finish, digest, digest_of_body, start, bytes(answer))
+                await send(start)
+                await send({"type": "http.response.body", "body": bytes(answer)})
 
         renewal = asyncio.create_task(self._renew(digest))
         try:
-            await self.app(scope, hashing_receive, recording_send)
+            await self.app(scope, body.receive, recording_send)
         finally:
             renewal.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await renewal
-            await run_in_threadpool(self._release, digest)
+            if not start:  # ended without an answer
+                await run_in_threadpool(self._release, digest)
 
     async def _renew(self, digest: str) -> None:
         while True:
@@ -115,18 +108,23 @@ class Idempotency:
             if row is not None and row.status is None:
                 row.locked_until = utc_now() + timedelta(seconds=LEASE_S)
 
-    def _finish(self, digest: str, body_sha256: str, start: dict[str, Any], body: bytes) -> None:
-        status = int(start.get("status", 500))
-        with self.database().write() as session:
-            row = session.get(IdempotencyKey, digest)
-            if row is None:
-                return
-            if status >= 500 or status in (408, 409, 413, 429) or len(body) > MAX_STORED_BYTES:
-                session.delete(row)  # nothing was decided: the same key may try again
-                return
-            kept = {b"content-type", b"location", b"retry-after"}
-            row.headers = {n.decode(): v.decode("latin-1") for n, v in start.get("headers", []) if n.lower() in kept}
-            row.body_sha256, row.status, row.body = body_sha256, status, body
+    def _finish(self, digest: str, body_sha256: str | None, start: Message, body: bytes) -> None:
+        """Records an answer; frees the key where nothing was decided or the request (None) never came whole."""
+        status = int(start["status"])
+        undecided = status >= 500 or status in NOT_RECORDED or len(body) > MAX_STORED_BYTES or body_sha256 is None
+        try:
+            with self.database().write() as session:
+                row = session.get(IdempotencyKey, digest)
+                if row is None:
+                    return
+                if undecided:
+                    session.delete(row)
+                    return
+                kept = {b"content-type", b"location", b"retry-after"}
+                row.headers = {n.decode(): v.decode("latin-1") for n, v in start["headers"] if n.lower() in kept}
+                row.body_sha256, row.status, row.body = body_sha256, status, body
+        except DBAPIError as error:  # what was done is done: its answer must not be lost to this
+            log.warning("idempotency key not recorded", status=status, error=type(error).__name__)
 
     def _release(self, digest: str) -> None:
         """Frees a key whose request ended without an answer."""
@@ -136,15 +134,7 @@ class Idempotency:
                 session.delete(row)
 
     async def _replay(self, row: IdempotencyKey, scope: Scope, receive: Receive, send: Send) -> None:
-        body_hash = hashlib.sha256()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body_hash.update(message.get("body", b""))
-            if not message.get("more_body", False):
-                break
-        if body_hash.hexdigest() != row.body_sha256:
+        if await _HashedBody(receive).digest_of_all() != row.body_sha256:
             error = Invalid("This Idempotency-Key was used with another body. Use a fresh key for a different request.")
             await problem_response(error, scope["path"])(scope, receive, send)
             return
@@ -153,6 +143,33 @@ class Idempotency:
         headers += [(b"content-length", str(len(body)).encode()), (b"idempotent-replayed", b"true")]
         await send({"type": "http.response.start", "status": row.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+class _HashedBody:
+    """A request's body on its way to the app."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._hash = hashlib.sha256()
+        self._is_whole = False
+
+    async def receive(self) -> Message:
+        """The next message, hashed."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not self._is_whole:
+            self._hash.update(message.get("body", b""))
+            self._is_whole = not message.get("more_body", False)
+        return message
+
+    async def digest_of_all(self) -> str | None:
+        """The sha256 of the whole body, reading what the app left; None if the rest never came or is refused."""
+        try:
+            while not self._is_whole:
+                if (await self.receive())["type"] == "http.disconnect":
+                    return None
+        except ServiceError:
+            return None
+        return self._hash.hexdigest()
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

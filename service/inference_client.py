@@ -12,7 +12,7 @@ from service.core.errors import ERRORS, Problem, ServiceError, Unavailable
 from service.core.settings import Settings
 from service.json import dumps
 
-_BY_STATUS = {error.status: error for error in ERRORS}
+_BY_STATUS = {error.status: error for error in ERRORS if error.status not in (401, 403, 500)}
 
 
 class InferenceClient:
@@ -33,25 +33,25 @@ class InferenceClient:
 
     async def health(self) -> dict[str, Any]:
         """The process's own report; Unavailable when it does not answer."""
-        return await self._send("GET", "/health", b"", {})
+        return await self._send("GET", "/health", b"")
 
     async def lookup(self, knowledge_id: str, names: Sequence[str]) -> dict[str, Any]:
         """How names resolve in a knowledge source: {'resolutions': […]}."""
-        return await self._send("POST", "/lookup", dumps({"knowledge_id": knowledge_id, "names": list(names)}), {})
+        return await self._send("POST", "/lookup", dumps({"knowledge_id": knowledge_id, "names": list(names)}))
 
     async def relate(self, embedding_set_id: str, names: Sequence[str], relation: str | None = None) -> dict[str, Any]:
         """Vectors of new unseen classes: {'classes': [{'name', 'vector' (base64), 'provenance'}]}."""
         body = {"embedding_set_id": embedding_set_id, "names": list(names), "relation": relation}
-        return await self._send("POST", "/relate", dumps(body), {})
+        return await self._send("POST", "/relate", dumps(body))
 
     async def classify(self, options: dict[str, Any], images: Sequence[bytes]) -> dict[str, Any]:
         """Predictions. The body is the options (length as 4 bytes, JSON), then the images' bytes, untouched."""
         header = dumps({**options, "sizes": [len(image) for image in images]})
-        return await self._send("POST", "/classify", b"".join([len(header).to_bytes(4, "little"), header, *images]), {})
+        return await self._send("POST", "/classify", b"".join([len(header).to_bytes(4, "little"), header, *images]))
 
-    async def _send(self, method: str, path: str, content: bytes, headers: dict[str, str]) -> dict[str, Any]:
+    async def _send(self, method: str, path: str, content: bytes) -> dict[str, Any]:
         try:
-            response = await self._client.request(method, path, content=content, headers=headers)
+            response = await self._client.request(method, path, content=content)
         except httpx.TimeoutException:
             raise Unavailable(
                 "The inference process took too long. Send fewer images, or try again.", retry_after_s=5
@@ -60,18 +60,26 @@ class InferenceClient:
             raise Unavailable(
                 "The inference process is not answering; it restarts by itself. Try again.", retry_after_s=3
             ) from None
-        if response.status_code == 200:
+        if response.status_code != 200:
+            raise _error_of(response)
+        try:
             answer: dict[str, Any] = orjson.loads(response.content)
-            return answer
-        raise _error_of(response)
+        except orjson.JSONDecodeError:
+            raise _unusable() from None
+        return answer
 
 
 def _error_of(response: httpx.Response) -> ServiceError:
+    """The refusal as the caller's; the process's own failures are ours to hide."""
     try:
         body = orjson.loads(response.content)
-        kind = _BY_STATUS.get(response.status_code, Unavailable)
+        kind = _BY_STATUS[response.status_code]
         problems = [Problem(p["pointer"], p["message"]) for p in body.get("errors", [])]
         retry = response.headers.get("retry-after")
         return kind(body["detail"], problems=problems, retry_after_s=int(retry) if retry else None)
-    except (ValueError, KeyError, TypeError):
-        return Unavailable("The inference process gave no usable answer. Try again.", retry_after_s=3)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _unusable()
+
+
+def _unusable() -> Unavailable:
+    return Unavailable("The inference process gave no usable answer. Try again.", retry_after_s=3)

@@ -10,6 +10,7 @@ import orjson
 from fastapi.responses import Response
 
 Encoding = Literal["float", "base64"]
+MAX_STORED_BYTES = 65_536
 
 
 def dumps(value: Any) -> bytes:
@@ -36,3 +37,16 @@ def vector_out(raw: bytes, encoding: Encoding) -> Any:
 def vector_bytes(vector: Any) -> bytes:
     """A vector as stored: little-endian float32."""
     return np.ascontiguousarray(vector, dtype="<f4").tobytes()
+
+
+def storable_json(value: dict[str, Any]) -> dict[str, Any]:
+    """What can be stored and given back as the same JSON: not NaN, lone surrogates, huge integers or depths."""
+    try:
+        text = orjson.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"the object cannot be stored: {error}") from None
+    if len(text) > MAX_STORED_BYTES:
+        raise ValueError(f"the object has {len(text):,} bytes as JSON; at most {MAX_STORED_BYTES:,} are kept")
+    if orjson.loads(text) != value or b"\\u0000" in text:
+        raise ValueError("the object holds what JSON cannot carry (NaN, infinity or U+0000)")
+    return value

@@ -8,20 +8,24 @@ import secrets
 import time
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import Authenticator
-from service.core.errors import Invalid, ServiceError, TooLarge
+from service.core.errors import Invalid, TooLarge, TooSlow
 from service.core.settings import Settings
 from service.problems import problem_response
 
 log = structlog.get_logger("unseen.access")
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+CLIENT_GONE = 499  # only in the log: nobody is there to read an answer
+MIN_BYTES_PER_S = 1024
 _LARGE_UPLOADS = ("/archive", "/features", "/v1/knowledge")
 
 
 class Gate:
-    """The outermost ASGI layer. Sets `scope['state']['caller']`, echoes X-Request-Id, enforces limits."""
+    """The outermost ASGI layer: sets `scope['state']['caller']`, echoes X-Request-Id, enforces limits, and answers
+    every error that nothing inside it has answered."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings, authenticator: Authenticator) -> None:
         self.app = app
@@ -36,8 +40,8 @@ class Gate:
         request_id = headers.get(b"x-request-id", "")
         if not _REQUEST_ID.match(request_id):
             request_id = secrets.token_hex(8)
-        started = time.perf_counter()
-        status = 500
+        began = time.perf_counter()
+        status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -51,15 +55,21 @@ class Gate:
                 scope["method"], scope["path"], headers.get(b"authorization"), headers.get(b"x-api-key")
             )
             scope.setdefault("state", {})["caller"] = caller
-            limit = self.limit_of(scope["path"], headers.get(b"content-type", ""))
+            if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
+                raise Invalid("The address holds a NUL character (%00). Remove it.")
+            limit = self.limit_of(scope["path"], headers.get(b"content-type", "").lower())
             declared = headers.get(b"content-length", "")
             if declared.isdigit() and int(declared) > limit:
                 raise TooLarge(_too_large(int(declared), limit))
             await self.app(scope, self.limited(receive, limit), send_with_id)
-        except ServiceError as error:
+        except ClientDisconnect:
+            status = CLIENT_GONE
+        except Exception as error:
+            if status:  # the answer is on its way; all that is left is to cut the connection
+                raise
             await problem_response(error, scope["path"])(scope, receive, send_with_id)
         finally:
-            took_ms = round(1000 * (time.perf_counter() - started), 1)
+            took_ms = round(1000 * (time.perf_counter() - began), 1)
             log.debug("request", method=scope["method"], path=scope["path"], status=status, ms=took_ms, id=request_id)
 
     def limit_of(self, path: str, content_type: str) -> int:
@@ -73,7 +83,9 @@ class Gate:
         return self.settings.max_json_bytes
 
     def limited(self, receive: Receive, limit: int) -> Receive:
-        """`receive` that refuses bodies past `limit` bytes and senders that stall."""
+        """`receive` that refuses bodies past `limit` bytes and senders that stall or trickle."""
+        began = time.monotonic()
+        pause_s = self.settings.request_timeout_s
         total = 0
         finished = False
 
@@ -81,17 +93,21 @@ class Gate:
             nonlocal total, finished
             if finished:
                 return await receive()
+            allowed_s = began + pause_s + total / MIN_BYTES_PER_S - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), self.settings.request_timeout_s)
+                message = await asyncio.wait_for(receive(), max(0.0, min(pause_s, allowed_s)))
             except TimeoutError:
-                raise Invalid(
-                    f"No data arrived for {self.settings.request_timeout_s:g} s; send the body without long pauses."
+                raise TooSlow(
+                    f"The body did not arrive in time: send it without pauses of {pause_s:g} s or more, "
+                    f"at {MIN_BYTES_PER_S:,} bytes a second at least."
                 ) from None
             if message["type"] == "http.request":
                 total += len(message.get("body", b""))
                 finished = not message.get("more_body", False)
                 if total > limit:
                     raise TooLarge(_too_large(total, limit))
+            else:
+                finished = True
             return message
 
         return limited_receive

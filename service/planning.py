@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,15 +12,17 @@ from sqlalchemy.orm import Session
 from models.backbone_names import BACKBONE_NAMES
 from models.catalog import get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
-from models.knowledge.names import validate_class_names
+from models.knowledge.names import normalize_class_name, validate_class_names
 from models.params import BackboneParams, EmbeddingSetParams
 from service.core import repositories
 from service.core.errors import Invalid, Problem, Unavailable
 from service.core.settings import Settings
 from service.core.tables import Dataset
 from service.inference_client import InferenceClient
+from service.problems import MAX_PROBLEMS
 from service.schemas import EmbeddingSetCreate
 
+MAX_HINTS = 10  # unknown names that are compared with all known ones
 DEFAULT_PATCHES_PER_S = 60.0  # a ResNet-50 on two CPU cores; replaced by a measurement after the first job
 
 
@@ -54,30 +56,59 @@ def dataset_class_sizes(session: Session, dataset: Dataset) -> dict[str, int]:
 
 
 def plan_classes(
-    plan: Plan, sizes: dict[str, int], seen: Sequence[str] | None, unseen: Sequence[str], limit: int
+    plan: Plan,
+    sizes: dict[str, int],
+    seen: Sequence[str] | None,
+    unseen: Sequence[str],
+    limit: int,
+    *,
+    spelled: Iterable[str] | None = None,
 ) -> None:
-    """Resolves the class lists: valid, disjoint, seen ones present with images, at least two."""
-    for pointer, names in (("/unseen_classes", unseen), ("/seen_classes", seen or ())):
-        try:
-            validate_class_names(names, max_count=limit, field=pointer[1:])
-        except InvalidInput as error:
-            plan.add("/" + (error.field or pointer[1:]), str(error))
-    overlap = sorted(set(seen or ()) & set(unseen))
-    if overlap:
-        plan.add("/unseen_classes", f"Both seen and unseen: {_some(overlap)}. A class is one or the other.")
+    """Resolves the class lists: valid, disjoint, seen ones present with images, at least two.
+
+    Names are compared as `normalize_class_name` does and take the spelling of `spelled` (default: of the dataset).
+    """
+    known = {normalize_class_name(name): name for name in (sizes if spelled is None else spelled)}
+    plan.unseen_classes = _resolved(plan, "/unseen_classes", unseen, known, limit)
+    keys = set(map(normalize_class_name, plan.unseen_classes))
     if seen is None:
-        seen = [name for name, n in sizes.items() if n > 0 and name not in set(unseen)]
-    for name in seen:
-        if name not in sizes:
-            near = nearest_names(name, list(sizes))
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            plan.add("/seen_classes", f"The dataset has no class {name!r}.{hint}")
-        elif sizes[name] == 0:
-            plan.add("/seen_classes", f"The class {name!r} has no training images.")
-    if len(seen) < 2:
-        plan.add("/seen_classes", f"At least 2 seen classes with images are needed; there are {len(seen)}.")
-    plan.seen_classes, plan.unseen_classes = tuple(seen), tuple(unseen)
-    plan.n_images = sum(sizes.get(name, 0) for name in seen)
+        plan.seen_classes = tuple(n for n, size in sizes.items() if size > 0 and normalize_class_name(n) not in keys)
+    else:
+        plan.seen_classes = _resolved(plan, "/seen_classes", seen, known, limit)
+        overlap = [name for name in plan.seen_classes if normalize_class_name(name) in keys]
+        if overlap:
+            plan.add("/unseen_classes", f"Both seen and unseen: {_some(overlap)}. A class is one or the other.")
+    plan_known(plan, "/seen_classes", plan.seen_classes, sizes, "dataset")
+    empty = [name for name in plan.seen_classes if sizes.get(name) == 0]
+    if empty:
+        plan.add(
+            "/seen_classes", f"These classes have no training images: {_some(empty)}. Add some, or leave them out."
+        )
+    if len(plan.seen_classes) < 2:
+        plan.add(
+            "/seen_classes", f"At least 2 seen classes with images are needed; there are {len(plan.seen_classes)}."
+        )
+    plan.n_images = sum(sizes.get(name, 0) for name in plan.seen_classes)
+
+
+def plan_known(plan: Plan, pointer: str, names: Iterable[str], known: Collection[str], where: str) -> None:
+    """Every name is one of `known`; the first few that are not get the nearest one."""
+    missing = [name for name in names if name not in known]
+    for name in missing[:MAX_HINTS]:
+        near = nearest_names(name, list(known))
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        plan.add(pointer, f"The {where} has no class {name!r}.{hint}")
+    if len(missing) > MAX_HINTS:
+        plan.add(pointer, f"Nor has it {len(missing) - MAX_HINTS:,} more: {_some(missing[MAX_HINTS:])}.")
+
+
+def _resolved(plan: Plan, pointer: str, names: Sequence[str], known: Mapping[str, str], limit: int) -> tuple[str, ...]:
+    try:
+        accepted = validate_class_names(names, max_count=limit, field=pointer[1:])
+    except InvalidInput as error:
+        plan.add("/" + (error.field or pointer[1:]), str(error))
+        return ()
+    return tuple(known.get(normalize_class_name(name), name) for name in accepted)
 
 
 def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCreate, settings: Settings) -> Plan:
@@ -111,7 +142,7 @@ def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCre
 
 def plan_validation(plan: Plan, validation: Sequence[str] | None, pointer: str) -> None:
     """Validation classes lie inside the seen ones and leave at least two."""
-    outside = sorted(set(validation or ()) - set(plan.seen_classes))
+    outside = sorted(set(validation or ()) - set(plan.seen_classes)) if plan.seen_classes else []
     if outside:
         plan.add(pointer, f"Validation classes must be seen classes; these are not: {_some(outside)}.")
     elif validation and len(plan.seen_classes) - len(set(validation)) < 2:
@@ -174,12 +205,16 @@ async def check_knowledge(inference: InferenceClient, knowledge_id: str, plan: P
             raise
         return
     unseen = set(plan.unseen_classes)
-    for entry in found:
-        if not entry["found"]:
-            where = "/unseen_classes" if entry["name"] in unseen else "/seen_classes"
-            near = entry["suggestions"][:3]
-            hint = f" Near entries: {', '.join(map(repr, near))}." if near else ""
-            plan.add(where, f"The knowledge source has no vector for {entry['name']!r}.{hint}")
+    missing = [entry for entry in found if not entry["found"]]
+    for entry in missing[:MAX_PROBLEMS]:
+        where = "/unseen_classes" if entry["name"] in unseen else "/seen_classes"
+        near = entry["suggestions"][:3]
+        hint = f" Near entries: {', '.join(map(repr, near))}." if near else ""
+        plan.add(where, f"The knowledge source has no vector for {entry['name']!r}.{hint}")
+    if len(missing) > MAX_PROBLEMS:
+        plan.add(
+            "", f"It lacks {len(missing) - MAX_PROBLEMS:,} more; GET /v1/knowledge/{knowledge_id}/lookup tells which."
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.params import BackboneParams, EmbeddingSetParams
+from service.json import storable_json
 
 Item = TypeVar("Item")
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*$")]
+Id = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[^\x00-\x1f]*$")]
 Encoding = Literal["float", "base64"]
+
+Metadata = Annotated[dict[str, Any], AfterValidator(storable_json)]
 
 
 class Body(BaseModel):
@@ -35,8 +39,8 @@ class DatasetCreate(Body):
     """A new, empty dataset."""
 
     name: Name
-    description: str = Field("", max_length=10_000)
-    metadata: dict[str, Any] = Field(default_factory=dict, description="Anything of yours; returned unchanged.")
+    description: str = Field("", max_length=10_000, pattern=r"^[^\x00]*$")
+    metadata: Metadata = Field(default_factory=dict, description="Anything of yours; returned unchanged.")
     test_fraction: float = Field(
         0.2,
         ge=0,
@@ -167,12 +171,12 @@ class EmbeddingSetCreate(Body):
     """Build class embeddings of seen and unseen classes."""
 
     name: Name | None = Field(None, description="A name to use as `model` in /v1/embeddings; default: the id.")
-    dataset_id: str
-    knowledge_id: str
+    dataset_id: Id
+    knowledge_id: Id
     seen_classes: list[str] | None = Field(None, description="Default: all classes of the dataset but the unseen ones.")
     unseen_classes: list[str] = Field(default_factory=list, description="Classes without training images.")
-    method: str = Field("vgse", description="vgse, kmeans or backbone; see GET /v1/methods.")
-    relation: str = Field("auto", description="auto, smo or wavg.")
+    method: str = Field("vgse", max_length=64, description="vgse, kmeans or backbone; see GET /v1/methods.")
+    relation: str = Field("auto", max_length=64, description="auto, smo or wavg.")
     params: EmbeddingSetParams = EmbeddingSetParams()
 
 
@@ -217,14 +221,52 @@ class NewClasses(Body):
     relation: Literal["smo", "wavg"] | None = Field(None, description="Default: the set's own relation.")
 
 
+class EmbeddedClass(BaseModel):
+    """One class's vector and where it comes from."""
+
+    name: str
+    seen: bool
+    embedding: list[float] | str = Field(description="Floats, or base64 of little-endian float32.")
+    provenance: dict[str, Any] = Field(description="Source; for unseen classes the contributing seen ones.")
+
+
+class AddedClass(EmbeddedClass):
+    """A class asked for, as stored."""
+
+    created: bool = Field(description="False: the set had this class already.")
+
+
+class AddedClasses(BaseModel):
+    """The classes asked for, in that order."""
+
+    data: list[AddedClass]
+
+
 class EmbeddingsRequest(Body):
     """OpenAI's embeddings request."""
 
-    model: str = Field(min_length=1, max_length=200, description="Id or name of an embedding set.")
+    model: Name = Field(description="Id or name of an embedding set.")
     input: str | list[str] = Field(description="One class name or many.")
     encoding_format: Encoding = "float"
     dimensions: int | None = Field(None, ge=1, description="Keep this many leading dimensions, at unit length again.")
     user: str | None = Field(None, max_length=256, description="Accepted for compatibility; not used.")
+
+
+class EmbeddingOut(BaseModel):
+    """One vector, in OpenAI's shape."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsOut(BaseModel):
+    """OpenAI's embeddings answer; usage counts words."""
+
+    object: Literal["list"]
+    data: list[EmbeddingOut]
+    model: str
+    usage: dict[str, int]
 
 
 # ---- classifiers ------------------------------------------------------------------------------
@@ -234,13 +276,13 @@ class ClassifierCreate(Body):
     """Train a zero-shot classifier on a dataset with class embeddings or raw knowledge vectors."""
 
     name: Name | None = None
-    dataset_id: str
-    embedding_set_id: str | None = Field(None, description="Class embeddings to use; or give knowledge_id.")
-    knowledge_id: str | None = Field(None, description="Use the knowledge source's vectors as they are.")
+    dataset_id: Id
+    embedding_set_id: Id | None = Field(None, description="Class embeddings to use; or give knowledge_id.")
+    knowledge_id: Id | None = Field(None, description="Use the knowledge source's vectors as they are.")
     seen_classes: list[str] | None = Field(None, description="Default: the embedding set's.")
     unseen_classes: list[str] | None = Field(None, description="Default: the embedding set's.")
     validation_classes: list[str] | None = Field(None, description="Default: the embedding set's, else a seeded fifth.")
-    method: str = Field("sje", description="sje or eszsl; see GET /v1/methods.")
+    method: str = Field("sje", max_length=64, description="sje or eszsl; see GET /v1/methods.")
     params: dict[str, Any] = Field(default_factory=dict, description="The method's parameters; see GET /v1/methods.")
     backbone: BackboneParams | None = Field(None, description="Default: the embedding set's.")
     image_size: int | None = Field(None, ge=16, le=1024, description="Side images are resized to; default: the set's.")
@@ -277,7 +319,7 @@ class HuggingFaceRequest(Body):
 
     inputs: str = Field(description="The image, base64.")
     parameters: HuggingFaceParameters
-    classifier_id: str | None = Field(None, description="Default: the newest ready classifier.")
+    classifier_id: Id | None = Field(None, description="Default: the newest ready classifier.")
 
 
 class Prediction(BaseModel):

@@ -31,7 +31,7 @@ def job_out(parts: Parts, job: Job) -> dict[str, Any]:
     if job.status == "queued":
         with parts.database.read() as session:
             position = jobs.queue_position(session, job)
-    return {**jobs.job_view(job, position), "resource": resource_out(job.resource_id)}
+    return {**jobs.job_view(job, position), "max_attempts": job.max_attempts, "resource": resource_out(job.resource_id)}
 
 
 def resource_out(resource_id: str) -> dict[str, str]:

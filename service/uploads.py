@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,29 +10,40 @@ from pathlib import Path
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 
 from service.core.errors import Invalid, TooLarge, UnsupportedMedia
 from service.core.settings import Settings
 
+MAX_FIELDS = 1000
 _COPY_BYTES = 2**20
 
 
 @asynccontextmanager
 async def multipart(request: Request, settings: Settings) -> AsyncIterator[FormData]:
     """The parsed multipart form, its files closed afterwards; clear errors for anything else."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if content_type_of(request) != "multipart/form-data":
         raise UnsupportedMedia("Send this request as multipart/form-data.")
     try:
-        async with request.form(
-            max_files=settings.max_files_per_request, max_fields=1000, max_part_size=settings.max_json_bytes
-        ) as form:
-            yield form
-    except MultiPartException as error:
-        if "Too many" in error.message:
-            limit = settings.max_files_per_request
-            raise TooLarge(f"{error.message} At most {limit} files and 1000 fields a request; send several.") from None
-        raise Invalid(f"The multipart body is malformed: {error.message}") from None
+        form = await request.form(
+            max_files=settings.max_files_per_request, max_fields=MAX_FIELDS, max_part_size=settings.max_json_bytes
+        )
+    except HTTPException as error:  # starlette's word for a malformed form
+        if "Too many" in error.detail or "exceeded" in error.detail:
+            raise TooLarge(
+                f"{error.detail} One request takes at most {settings.max_files_per_request} files, {MAX_FIELDS} fields "
+                f"and {settings.max_json_bytes:,} bytes a field; send several."
+            ) from None
+        raise Invalid(f"The multipart body is malformed: {error.detail} Send it whole, with its boundary.") from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+def content_type_of(request: Request) -> str:
+    """The body's media type without parameters, in lower case; '' if there is none."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def text_field(form: FormData, name: str, default: str | None = None) -> str:
@@ -49,21 +59,27 @@ def file_fields(form: FormData, *names: str) -> list[UploadFile]:
     return [value for key, value in form.multi_items() if key in names and isinstance(value, UploadFile)]
 
 
+def filename_of(file: UploadFile, max_length: int = 512) -> str:
+    """The file's name as sent, without what cannot be printed or stored."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in file.filename or "")[-max_length:]
+
+
 @asynccontextmanager
-async def scratch_copy(source: UploadFile | Request, settings: Settings, suffix: str = "") -> AsyncIterator[Path]:
+async def scratch_copy(source: UploadFile | Request, settings: Settings) -> AsyncIterator[Path]:
     """The upload as a file in the scratch folder, deleted on leaving."""
     settings.scratch_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.scratch_dir / f"upload-{secrets.token_hex(12)}{suffix}"
+    path = settings.scratch_dir / f"upload-{secrets.token_hex(12)}"
+    n_bytes = 0
     try:
         with path.open("wb") as target:
             if isinstance(source, Request):
                 async for chunk in source.stream():
-                    await run_in_threadpool(target.write, chunk)
+                    n_bytes += await run_in_threadpool(target.write, chunk)
             else:
                 while chunk := await source.read(_COPY_BYTES):
-                    await run_in_threadpool(target.write, chunk)
-        if os.path.getsize(path) == 0:
-            raise Invalid("The uploaded file is empty.")
+                    n_bytes += await run_in_threadpool(target.write, chunk)
+        if n_bytes == 0:
+            raise Invalid("The uploaded file is empty (0 bytes). Send its content.")
         yield path
     finally:
         path.unlink(missing_ok=True)

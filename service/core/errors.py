@@ -9,6 +9,7 @@ ServiceError
 ├── Unauthorized           no valid API key
 ├── Forbidden              the key lacks the scope
 ├── RateLimited            too many requests for this key
+├── TooSlow                the body did not arrive in time
 ├── Unavailable            Redis, database, store or inference process cannot answer now; try again
 └── WorkerLost             a job's worker died every time it was tried
 
@@ -94,6 +95,12 @@ class RateLimited(ServiceError):
     status, title, slug = 429, "Too many requests", "rate-limited"
 
 
+class TooSlow(ServiceError):
+    """The request's body did not arrive in time."""
+
+    status, title, slug = 408, "Request timeout", "request-timeout"
+
+
 class Unavailable(ServiceError):
     """A part that is needed cannot answer now."""
 
@@ -115,6 +122,7 @@ ERRORS: tuple[type[ServiceError], ...] = (
     Unauthorized,
     Forbidden,
     RateLimited,
+    TooSlow,
     Unavailable,
     WorkerLost,
 )

@@ -6,19 +6,27 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from pydantic import ValidationError
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from models.catalog import get_method
-from models.errors import UnknownName, nearest_names
+from models.errors import UnknownName
+from models.knowledge.names import normalize_class_name
 from service.core import jobs, repositories
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
 from service.core.tables import Classifier, Dataset, EmbeddingSet
-from service.deps import Cursor, Limit, Parts, PartsDep, decode_cursor, page_out
+from service.deps import PagingDep, Parts, PartsDep
 from service.json import FastJSON
-from service.planning import Plan, check_knowledge, dataset_class_sizes, plan_backbone, plan_classes, plan_validation
-from service.problems import documented, pointer_of
+from service.planning import (
+    Plan,
+    check_knowledge,
+    dataset_class_sizes,
+    plan_backbone,
+    plan_classes,
+    plan_known,
+    plan_validation,
+)
+from service.problems import documented, validation_problems
 from service.routes.embedding_sets import require_ready
 from service.routes.knowledge import ready_knowledge
 from service.schemas import ClassifierCreate, ClassifierOut, JobOut, Page
@@ -71,11 +79,15 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
     with parts.database.read() as session:
         dataset = repositories.get(session, Dataset, body.dataset_id)
         sizes = dataset_class_sizes(session, dataset)
-        seen, unseen = body.seen_classes, body.unseen_classes
+        seen, unseen, known = body.seen_classes, body.unseen_classes, None
         if body.embedding_set_id is not None:
             row = require_ready(session, repositories.get(session, EmbeddingSet, body.embedding_set_id))
-            seen, unseen = _classes_from_set(plan, session, row, seen, unseen)
-        plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes)
+            known = dict(repositories.class_names_of(session, row.id))
+            seen, unseen = _classes_from_set(known, seen, unseen)
+        plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes, spelled=known)
+        if known is not None:
+            plan_known(plan, "/unseen_classes", plan.unseen_classes, known, "embedding set")
+            plan_known(plan, "/seen_classes", plan.seen_classes, known, "embedding set")
         if dataset.kind == "images" and body.backbone is not None:
             plan_backbone(plan, body.backbone, parts.settings, "/backbone")
         elif dataset.kind == "images" and body.embedding_set_id is None:
@@ -91,34 +103,26 @@ def _plan_method(plan: Plan, body: ClassifierCreate) -> dict[str, Any]:
     except UnknownName as error:
         plan.add("/method", str(error))
     except ValidationError as error:
-        valid = list(method.params.model_fields)
-        for entry in error.errors()[:100]:
-            near = nearest_names(str(entry["loc"][-1]), valid) if entry["type"] == "extra_forbidden" else []
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            plan.add("/params" + pointer_of(tuple(entry["loc"])), f"{entry['msg']}.{hint}")
+        plan.problems += validation_problems(error.errors(), method.params, "/params")
     return {}
 
 
 def _classes_from_set(
-    plan: Plan, session: Session, row: EmbeddingSet, seen: list[str] | None, unseen: list[str] | None
+    known: dict[str, bool], seen: list[str] | None, unseen: list[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Defaults from the embedding set; classes the caller names must be in it."""
-    known = dict(repositories.class_names_of(session, row.id))
-    for pointer, names in (("/seen_classes", seen), ("/unseen_classes", unseen)):
-        for name in names or ():
-            if name not in known:
-                near = nearest_names(name, list(known))
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                plan.add(pointer, f"The embedding set has no class {name!r}.{hint}")
+    """What the caller leaves out comes from the embedding set (class name -> whether it is seen)."""
     if seen is None:
-        seen = [name for name, is_seen in known.items() if is_seen and name not in set(unseen or ())]
+        keys = set(map(normalize_class_name, unseen or ()))
+        seen = [name for name, is_seen in known.items() if is_seen and normalize_class_name(name) not in keys]
     if unseen is None:
-        unseen = [name for name, is_seen in known.items() if not is_seen]
+        keys = set(map(normalize_class_name, seen))
+        unseen = [name for name, is_seen in known.items() if not is_seen and normalize_class_name(name) not in keys]
     return seen, unseen
 
 
 def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, Any]) -> Response:
     with parts.database.write() as session:
+        repositories.get(session, Dataset, body.dataset_id)  # may be gone since it was looked at
         row = Classifier(
             id=new_id("classifier"),
             name=body.name or "",
@@ -146,11 +150,11 @@ def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, 
 
 
 @router.get("", response_model=Page[ClassifierOut])
-def list_classifiers(parts: PartsDep, limit: Limit = 20, cursor: Cursor = None) -> Response:
+def list_classifiers(parts: PartsDep, paging: PagingDep) -> Response:
     """Classifiers, newest first."""
     with parts.database.read() as session:
-        rows, more = repositories.page(session, Classifier, limit=limit, cursor=decode_cursor(cursor))
-    return FastJSON(page_out([classifier_out(row) for row in rows], more, lambda: rows[-1].id))
+        rows, more = repositories.page(session, Classifier, limit=paging.limit, cursor=paging.after)
+    return FastJSON(paging.out([classifier_out(row) for row in rows], more, lambda: rows[-1].id))
 
 
 @router.get("/{classifier_id}", response_model=ClassifierOut, responses=documented(NotFound))

@@ -18,9 +18,10 @@ from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, 
 from service.core.tables import Classifier
 from service.deps import Parts, PartsDep
 from service.json import FastJSON
-from service.problems import documented, pointer_of
+from service.openapi import body_schema
+from service.problems import documented, invalid
 from service.schemas import ClassifyOut, HuggingFaceRequest
-from service.uploads import file_fields, multipart
+from service.uploads import content_type_of, file_fields, filename_of, multipart
 
 router = APIRouter(prefix="/v1/classify", tags=["classify"])
 Scope = Literal["unseen", "seen", "all"]
@@ -34,7 +35,7 @@ class Options(BaseModel):
     scope: Scope = "all"
     class_names: list[str] | None = None
     top_k: int = Field(5, ge=1, le=100_000)
-    gamma: float | None = None
+    gamma: float | None = Field(None, allow_inf_nan=False)
     explain: bool = False
 
 
@@ -57,9 +58,7 @@ class Options(BaseModel):
                     }
                 },
                 "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "application/json": {
-                    "schema": HuggingFaceRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-                },
+                "application/json": {"schema": body_schema(HuggingFaceRequest)},
             },
         }
     },
@@ -71,7 +70,9 @@ async def classify(
     scope: Annotated[Scope | None, Query(description="Which classes compete; default all.")] = None,
     class_names: Annotated[list[str] | None, Query(description="Only these compete; new names are predicted.")] = None,
     top_k: Annotated[int | None, Query(ge=1, le=100_000)] = None,
-    gamma: Annotated[float | None, Query(description="Handicap of seen classes; default: chosen in training.")] = None,
+    gamma: Annotated[
+        float | None, Query(allow_inf_nan=False, description="Handicap of seen classes; default: chosen in training.")
+    ] = None,
     explain: Annotated[bool | None, Query(description="Add contributing seen classes.")] = None,
 ) -> Response:
     """Recognises seen and unseen classes. Options go in the query, or, with multipart, in the form."""
@@ -84,7 +85,7 @@ async def classify(
         "explain": explain,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    content_type = content_type_of(request)
     if content_type == "multipart/form-data":
         return await _classify_multipart(request, parts, given)
     if content_type.startswith("image/") or content_type == "application/octet-stream":
@@ -115,7 +116,7 @@ async def _classify_multipart(request: Request, parts: Parts, given: dict[str, A
                 f"{len(files)} images; one request takes at most {parts.settings.max_classify_images}. Send several."
             )
         images = [await file.read() for file in files]
-        names = [file.filename for file in files]
+        names = [filename_of(file) for file in files]
     return FastJSON(await run(parts, options, images, names))
 
 
@@ -135,7 +136,7 @@ async def _classify_hugging_face(raw: bytes, parts: Parts, given: dict[str, Any]
         body = HuggingFaceRequest.model_validate_json(raw)
         image = base64.b64decode(body.inputs.partition("base64,")[2] or body.inputs, validate=True)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error.errors(), HuggingFaceRequest) from None
     except binascii.Error:
         raise Invalid("`inputs` must be the image in base64.", problems=[Problem("/inputs", "not base64")]) from None
     labels = body.parameters.candidate_labels
@@ -152,17 +153,13 @@ def _options(given: dict[str, Any]) -> Options:
     try:
         options = Options.model_validate(given)
     except ValidationError as error:
-        raise _invalid(error) from None
-    if options.class_names is not None:
-        if not options.class_names:
-            raise Invalid("`class_names` is empty; leave it out to let all classes of the scope compete.")
-        validate_class_names(options.class_names, field="class_names")
-    return options
-
-
-def _invalid(error: ValidationError) -> Invalid:
-    problems = [Problem(pointer_of(tuple(e["loc"])), e["msg"]) for e in error.errors()[:100]]
-    return Invalid(f"{problems[0].pointer}: {problems[0].message}", problems=problems)
+        raise invalid(error.errors(), Options) from None
+    if options.class_names is None:
+        return options
+    if not options.class_names:
+        raise Invalid("`class_names` is empty; leave it out to let all classes of the scope compete.")
+    names = validate_class_names(options.class_names, field="class_names")
+    return options.model_copy(update={"class_names": list(names)})
 
 
 async def run(
@@ -171,11 +168,17 @@ async def run(
     """Asks the inference process and shapes its answer."""
     classifier_id = await run_in_threadpool(ready_classifier_id, parts, options.classifier_id)
     asked = options.model_dump(exclude={"classifier_id"}) | {"classifier_id": classifier_id}
-    answer = await parts.inference.classify(asked, images)
+    limit = parts.settings.max_image_bytes
+    too_large = [len(image) > limit for image in images]
+    sent = [b"" if refused else image for image, refused in zip(images, too_large, strict=True)]
+    answer = await parts.inference.classify(asked, sent)
     data = [
         {"index": index, "filename": name, "error": None, "explanation": None, **result}
         for index, (name, result) in enumerate(zip(filenames, answer["results"], strict=True))
     ]
+    for item, image, refused in zip(data, images, too_large, strict=True):
+        if refused:
+            item["error"] = f"The file has {len(image):,} bytes; at most {limit:,} are taken."
     return {"classifier_id": classifier_id, "scope": options.scope, "gamma": answer["gamma"], "data": data}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -13,7 +14,7 @@ from service.core.artifacts import image_key
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
 from service.core.tables import Dataset, Image
-from service.deps import Cursor, Limit, PartsDep, decode_cursor, page_out
+from service.deps import LongPagingDep, PagingDep, PartsDep
 from service.json import FastJSON
 from service.problems import documented
 from service.schemas import (
@@ -65,11 +66,11 @@ def create_dataset(body: DatasetCreate, parts: PartsDep) -> Response:
 
 
 @router.get("", response_model=Page[DatasetOut])
-def list_datasets(parts: PartsDep, limit: Limit = 20, cursor: Cursor = None) -> Response:
+def list_datasets(parts: PartsDep, paging: PagingDep) -> Response:
     """Datasets, newest first."""
     with parts.database.read() as session:
-        rows, more = repositories.page(session, Dataset, limit=limit, cursor=decode_cursor(cursor))
-        return FastJSON(page_out(dataset_out(session, rows), more, lambda: rows[-1].id))
+        rows, more = repositories.page(session, Dataset, limit=paging.limit, cursor=paging.after)
+        return FastJSON(paging.out(dataset_out(session, rows), more, lambda: rows[-1].id))
 
 
 @router.get("/{dataset_id}", response_model=DatasetOut, responses=documented(NotFound))
@@ -88,29 +89,36 @@ def delete_dataset(dataset_id: str, parts: PartsDep) -> Response:
 
 
 @router.get("/{dataset_id}/classes", response_model=Page[ClassOut], responses=documented(NotFound))
-def list_classes(dataset_id: str, parts: PartsDep, limit: Limit = 100, cursor: Cursor = None) -> Response:
+def list_classes(dataset_id: str, parts: PartsDep, paging: LongPagingDep) -> Response:
     """Classes with their counts, by name."""
-    after = decode_cursor(cursor)
     with parts.database.read() as session:
         row = repositories.get(session, Dataset, dataset_id)
         if row.kind == "features":
-            items = [
-                {"class_name": name, "n_images": n, "n_train": 0, "n_test": 0}
-                for name, n in sorted(row.summary.get("classes", {}).items())
-            ]
+            items = _feature_classes(row)
         else:
             items = [vars(count) for count in repositories.class_counts(session, dataset_id)]
-    rest = [item for item in items if after is None or item["class_name"] > after]
-    return FastJSON(page_out(rest[:limit], len(rest) > limit, lambda: rest[limit - 1]["class_name"]))
+    # Databases sort by rules of their own; pages need one order.
+    names = sorted(item["class_name"] for item in items)
+    rest = names[bisect_right(names, paging.after) :] if paging.after is not None else names
+    page = set(rest[: paging.limit])
+    shown = sorted((item for item in items if item["class_name"] in page), key=lambda item: str(item["class_name"]))
+    return FastJSON(paging.out(shown, len(rest) > paging.limit, lambda: str(shown[-1]["class_name"])))
+
+
+def _feature_classes(row: Dataset) -> list[dict[str, Any]]:
+    train = row.summary.get("train_classes", {})
+    return [
+        {"class_name": name, "n_images": n, "n_train": train.get(name, 0), "n_test": n - train.get(name, 0)}
+        for name, n in row.summary.get("classes", {}).items()
+    ]
 
 
 @router.get("/{dataset_id}/images", response_model=Page[ImageOut], responses=documented(NotFound))
 def list_images(
     dataset_id: str,
     parts: PartsDep,
+    paging: PagingDep,
     class_name: Annotated[str | None, Query(max_length=256)] = None,
-    limit: Limit = 20,
-    cursor: Cursor = None,
 ) -> Response:
     """Images, newest first; of one class if asked."""
     where = [Image.dataset_id == dataset_id]
@@ -118,7 +126,7 @@ def list_images(
         where.append(Image.class_name == class_name)
     with parts.database.read() as session:
         repositories.get(session, Dataset, dataset_id)
-        rows, more = repositories.page(session, Image, limit=limit, cursor=decode_cursor(cursor), where=where)
+        rows, more = repositories.page(session, Image, limit=paging.limit, cursor=paging.after, where=where)
     items = [
         {
             "id": row.id,
@@ -133,7 +141,7 @@ def list_images(
         }
         for row in rows
     ]
-    return FastJSON(page_out(items, more, lambda: rows[-1].id))
+    return FastJSON(paging.out(items, more, lambda: rows[-1].id))
 
 
 @router.get(

@@ -13,16 +13,18 @@ from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import normalize_class_name, validate_class_names
 from service.core import jobs, repositories
-from service.core.errors import Conflict, Invalid, NotFound
+from service.core.errors import Conflict, NotFound, UnsupportedMedia
 from service.core.ids import new_id
-from service.core.tables import Dataset, EmbeddingClass, EmbeddingSet, Job
-from service.deps import Cursor, Limit, Parts, PartsDep, decode_cursor, page_out
+from service.core.tables import Dataset, EmbeddingClass, EmbeddingSet, Job, Knowledge
+from service.deps import LongPagingDep, PagingDep, Parts, PartsDep
 from service.export import EXPORTERS, ExportFormat, export_rows
 from service.json import Encoding, FastJSON, vector_out
 from service.planning import Plan, check_knowledge, estimate, plan_embedding_set
 from service.problems import documented
 from service.routes.knowledge import ready_knowledge
 from service.schemas import (
+    AddedClasses,
+    EmbeddedClass,
     EmbeddingSetCreate,
     EmbeddingSetOut,
     Estimate,
@@ -105,6 +107,8 @@ def _plan(parts: Parts, body: EmbeddingSetCreate) -> tuple[Plan, dict[str, Any]]
 
 def _create(parts: Parts, body: EmbeddingSetCreate, plan: Plan) -> Response:
     with parts.database.write() as session:
+        repositories.get(session, Dataset, body.dataset_id)  # both may be gone since they were looked at
+        repositories.get(session, Knowledge, body.knowledge_id)
         row = EmbeddingSet(
             id=new_id("embedding_set"),
             name=body.name or "",
@@ -124,11 +128,11 @@ def _create(parts: Parts, body: EmbeddingSetCreate, plan: Plan) -> Response:
 
 
 @router.get("", response_model=Page[EmbeddingSetOut])
-def list_embedding_sets(parts: PartsDep, limit: Limit = 20, cursor: Cursor = None) -> Response:
+def list_embedding_sets(parts: PartsDep, paging: PagingDep) -> Response:
     """Embedding sets, newest first."""
     with parts.database.read() as session:
-        rows, more = repositories.page(session, EmbeddingSet, limit=limit, cursor=decode_cursor(cursor))
-        return FastJSON(page_out(embedding_set_out(session, rows), more, lambda: rows[-1].id))
+        rows, more = repositories.page(session, EmbeddingSet, limit=paging.limit, cursor=paging.after)
+        return FastJSON(paging.out(embedding_set_out(session, rows), more, lambda: rows[-1].id))
 
 
 @router.get("/{set_id}", response_model=EmbeddingSetOut, responses=documented(NotFound))
@@ -146,17 +150,15 @@ def delete_embedding_set(set_id: str, parts: PartsDep) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/{set_id}/classes", responses=documented(NotFound, Conflict))
+@router.get("/{set_id}/classes", response_model=Page[EmbeddedClass], responses=documented(NotFound, Conflict))
 def list_classes(
     set_id: str,
     parts: PartsDep,
+    paging: LongPagingDep,
     names: Annotated[list[str] | None, Query(max_length=1000, description="Only these; repeat the parameter.")] = None,
     encoding_format: Encoding = "float",
-    limit: Limit = 100,
-    cursor: Cursor = None,
 ) -> Response:
     """Vectors with seen flag and provenance (contributing seen classes), in the order of the set."""
-    after = decode_cursor(cursor)
     with parts.database.read() as session:
         require_ready(session, repositories.get(session, EmbeddingSet, set_id))
         if names is not None:
@@ -168,18 +170,10 @@ def list_classes(
                 )
             more = False
         else:
-            position = _position(after)
-            rows = repositories.classes_of(session, set_id, after=position, limit=limit + 1)
-            rows, more = rows[:limit], len(rows) > limit
-    return FastJSON(page_out([class_out(row, encoding_format) for row in rows], more, lambda: str(rows[-1].position)))
-
-
-def _position(after: str | None) -> int:
-    if after is None:
-        return -1
-    if not after.isdigit():
-        raise Invalid("`cursor` is not one that this list gave out; pass `next_cursor` unchanged.")
-    return int(after)
+            after = -1 if paging.after is None else int(paging.after)
+            rows = repositories.classes_of(session, set_id, after=after, limit=paging.limit + 1)
+            rows, more = rows[: paging.limit], len(rows) > paging.limit
+    return FastJSON(paging.out([class_out(row, encoding_format) for row in rows], more, lambda: str(rows[-1].position)))
 
 
 def class_out(row: EmbeddingClass, encoding: Encoding) -> dict[str, Any]:
@@ -192,16 +186,15 @@ def class_out(row: EmbeddingClass, encoding: Encoding) -> dict[str, Any]:
     }
 
 
-@router.post("/{set_id}/classes", responses=documented(NotFound, Conflict))
+@router.post("/{set_id}/classes", response_model=AddedClasses, responses=documented(NotFound, Conflict))
 async def add_classes(set_id: str, body: NewClasses, parts: PartsDep, encoding_format: Encoding = "float") -> Response:
     """Predicts and stores embeddings of new unseen classes, at once; classes it has are returned as stored."""
-    validate_class_names(body.class_names, field="class_names")
-    present = await run_in_threadpool(_present, parts, set_id, body.class_names)
-    new = [name for name in body.class_names if normalize_class_name(name) not in present]
+    names = validate_class_names(body.class_names, field="class_names")
+    present = await run_in_threadpool(_present, parts, set_id, names)
+    new = [name for name in names if normalize_class_name(name) not in present]
     related = (await parts.inference.relate(set_id, new, body.relation))["classes"] if new else []
-    rows = await run_in_threadpool(_store_classes, parts, set_id, body.class_names, related)
-    created = {entry["name"] for entry in related}
-    return FastJSON({"data": [{**class_out(row, encoding_format), "created": row.name in created} for row in rows]})
+    rows = await run_in_threadpool(_store_classes, parts, set_id, names, related)
+    return FastJSON({"data": [{**class_out(row, encoding_format), "created": created} for row, created in rows]})
 
 
 def _present(parts: Parts, set_id: str, names: Sequence[str]) -> set[str]:
@@ -214,33 +207,37 @@ def _present(parts: Parts, set_id: str, names: Sequence[str]) -> set[str]:
 
 def _store_classes(
     parts: Parts, set_id: str, names: Sequence[str], related: Sequence[dict[str, Any]]
-) -> list[EmbeddingClass]:
+) -> list[tuple[EmbeddingClass, bool]]:
+    """The rows of `names`, and whether this request made them; those that are there already stay as they are."""
     with parts.database.write() as session:
-        row = repositories.get(session, EmbeddingSet, set_id)
+        query = select(EmbeddingSet).where(EmbeddingSet.id == set_id).with_for_update()  # one request at a time
+        row = session.scalars(query).one_or_none() or repositories.get(session, EmbeddingSet, set_id)
         by_key = {normalize_class_name(name): name for name, _ in repositories.class_names_of(session, set_id)}
-        position = session.scalar(
+        last = session.scalar(
             select(func.max(EmbeddingClass.position)).where(EmbeddingClass.embedding_set_id == set_id)
         )
-        added = 0
+        created: list[str] = []
         for entry in related:
-            if normalize_class_name(entry["name"]) in by_key:
+            key = normalize_class_name(entry["name"])
+            if key in by_key:
                 continue  # a request at the same time was quicker
-            added += 1
-            by_key[normalize_class_name(entry["name"])] = entry["name"]
+            by_key[key] = entry["name"]
+            created.append(entry["name"])
             session.add(
                 EmbeddingClass(
                     embedding_set_id=set_id,
                     name=entry["name"],
-                    position=(position or 0) + added,
+                    position=(-1 if last is None else last) + len(created),
                     is_seen=False,
                     vector=base64.b64decode(entry["vector"]),
                     provenance=entry["provenance"],
                 )
             )
-        row.version += 1 if added else 0
+        row.version += 1 if created else 0
         session.flush()
-        stored = {c.name: c for c in repositories.classes_of(session, set_id, names=list(by_key.values()))}
-    return [stored[by_key[normalize_class_name(name)]] for name in names]
+        asked = [by_key[normalize_class_name(name)] for name in names]
+        stored = {c.name: c for c in repositories.classes_of(session, set_id, names=asked)}
+    return [(stored[name], name in created) for name in asked]
 
 
 def require_ready(session: Session, row: EmbeddingSet) -> EmbeddingSet:
@@ -258,7 +255,7 @@ def require_ready(session: Session, row: EmbeddingSet) -> EmbeddingSet:
     response_class=Response,
     responses={
         200: {"content": {kind.media_type: {} for kind in EXPORTERS.values()}},
-        **documented(NotFound, Conflict),
+        **documented(NotFound, Conflict, UnsupportedMedia),
     },
 )
 def export(set_id: str, parts: PartsDep, format: ExportFormat = "npz") -> Response:

@@ -9,6 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Response
 from starlette.concurrency import run_in_threadpool
 
+from models.errors import InvalidInput
 from models.knowledge.names import normalize_class_name, validate_class_names
 from service.core import repositories
 from service.core.errors import Conflict, Invalid, NotFound, Problem
@@ -16,32 +17,24 @@ from service.deps import Parts, PartsDep
 from service.json import FastJSON, vector_out
 from service.problems import documented
 from service.routes.embedding_sets import require_ready
-from service.schemas import EmbeddingsRequest
+from service.schemas import EmbeddingsOut, EmbeddingsRequest
 
 router = APIRouter(prefix="/v1/embeddings", tags=["embedding sets"])
 MAX_INPUTS = 2048  # as OpenAI's
 
 
-@router.post("", responses=documented(NotFound, Conflict))
+@router.post("", response_model=EmbeddingsOut, responses=documented(NotFound, Conflict))
 async def embeddings(body: EmbeddingsRequest, parts: PartsDep) -> Response:
     """OpenAI's shape: seen and stored classes answer their vectors, any other class name is predicted on the fly."""
-    names = [body.input] if isinstance(body.input, str) else body.input
-    if not 1 <= len(names) <= MAX_INPUTS:
-        raise Invalid(
-            f"`input` holds {len(names)} names; 1 to 2048 are taken.", problems=[Problem("/input", "1 to 2048 names")]
-        )
-    for name in dict.fromkeys(names):
-        validate_class_names([name], field="input")
+    names = _names(body.input)
     set_id, dim, vectors = await run_in_threadpool(_stored_vectors, parts, body.model, names)
-    new = list(dict.fromkeys(name for name in names if normalize_class_name(name) not in vectors))
-    if new:
-        for entry in (await parts.inference.relate(set_id, new))["classes"]:
-            vectors[normalize_class_name(entry["name"])] = base64.b64decode(entry["vector"])
     if body.dimensions is not None and body.dimensions > dim:
-        raise Invalid(
-            f"`dimensions` is {body.dimensions}; this set has {dim}.",
-            problems=[Problem("/dimensions", f"at most {dim}")],
-        )
+        message = f"`dimensions` is {body.dimensions}; this set has {dim}. Ask for at most as many."
+        raise Invalid(message, problems=[Problem("/dimensions", message)])
+    new = {normalize_class_name(name): name for name in reversed(names) if normalize_class_name(name) not in vectors}
+    if new:
+        for entry in (await parts.inference.relate(set_id, list(new.values())))["classes"]:
+            vectors[normalize_class_name(entry["name"])] = base64.b64decode(entry["vector"])
     data = [
         {
             "object": "embedding",
@@ -57,12 +50,30 @@ async def embeddings(body: EmbeddingsRequest, parts: PartsDep) -> Response:
     return FastJSON({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
+def _names(given: str | list[str]) -> list[str]:
+    """The class names asked for; unlike elsewhere, the same one may come twice."""
+    names = [given] if isinstance(given, str) else given
+    if not 1 <= len(names) <= MAX_INPUTS:
+        message = f"`input` holds {len(names):,} names; send 1 to {MAX_INPUTS:,}."
+        raise Invalid(message, problems=[Problem("/input", message)])
+    for index, name in enumerate(names):
+        try:
+            validate_class_names([name], field="input")
+        except InvalidInput as error:
+            message = str(error).replace("input/0", f"input/{index}")
+            raise InvalidInput(message, field=f"input/{index}" if isinstance(given, list) else "input") from None
+    return names
+
+
 def _stored_vectors(parts: Parts, model: str, names: Sequence[str]) -> tuple[str, int, dict[str, bytes]]:
+    """Id and dimension of the set, and normalised name -> vector of the names it holds, however they are spelled."""
     with parts.database.read() as session:
         row = require_ready(session, repositories.find_embedding_set(session, model))
-        spelled = {normalize_class_name(name): name for name, _ in repositories.class_names_of(session, row.id)}
-        wanted = {normalize_class_name(name) for name in names} & set(spelled)
-        rows = repositories.classes_of(session, row.id, names=[spelled[key] for key in wanted])
+        rows = repositories.classes_of(session, row.id, names=list(dict.fromkeys(names)))
+        if len(rows) < len(set(names)):
+            keys = set(map(normalize_class_name, names)) - {normalize_class_name(c.name) for c in rows}
+            others = [n for n, _ in repositories.class_names_of(session, row.id) if normalize_class_name(n) in keys]
+            rows += repositories.classes_of(session, row.id, names=others)
         return row.id, row.dim or 0, {normalize_class_name(c.name): c.vector for c in rows}
 
 
@@ -73,7 +84,3 @@ def _leading(raw: bytes, dimensions: int | None) -> bytes:
     vector = np.frombuffer(raw, dtype="<f4")[:dimensions]
     norm = float(np.linalg.norm(vector))
     return (vector / norm if norm > 0 else vector).astype("<f4").tobytes()
-
-
-def _invalid(pointer: str, message: str) -> Invalid:
-    return Invalid(message, problems=[Problem(pointer, message)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -13,9 +14,9 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from service.core import events, jobs, repositories
-from service.core.errors import Conflict, NotFound
+from service.core.errors import Conflict, Invalid, NotFound
 from service.core.tables import Job
-from service.deps import Cursor, Limit, Parts, PartsDep, decode_cursor, page_out
+from service.deps import PagingDep, Parts, PartsDep
 from service.json import FastJSON, dumps
 from service.problems import documented
 from service.schemas import JobOut, Page
@@ -25,16 +26,16 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 TERMINAL = ("succeeded", "failed", "cancelled")
 STREAM_S = 600.0  # a stream ends after this long and tells the client to come back, so that they cannot pile up
 POLL_S = 0.25
+_EVENT_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 
 @router.get("", response_model=Page[JobOut])
 def list_jobs(
     parts: PartsDep,
+    paging: PagingDep,
     status: Annotated[JobStatus | None, Query()] = None,
     resource_id: Annotated[str | None, Query(max_length=40, description="Jobs that make or fill this.")] = None,
-    limit: Limit = 20,
-    cursor: Cursor = None,
 ) -> Response:
     """Jobs, newest first."""
     where = []
@@ -43,8 +44,8 @@ def list_jobs(
     if resource_id is not None:
         where.append(Job.resource_id == resource_id)
     with parts.database.read() as session:
-        rows, more = repositories.page(session, Job, limit=limit, cursor=decode_cursor(cursor), where=where)
-    return FastJSON(page_out([job_out(parts, row) for row in rows], more, lambda: rows[-1].id))
+        rows, more = repositories.page(session, Job, limit=paging.limit, cursor=paging.after, where=where)
+    return FastJSON(paging.out([job_out(parts, row) for row in rows], more, lambda: rows[-1].id))
 
 
 @router.get("/{job_id}", response_model=JobOut, responses=documented(NotFound))
@@ -95,6 +96,8 @@ async def stream_events(
     last_event_id: Annotated[str | None, Header(max_length=64)] = None,
 ) -> Response:
     """Server-Sent Events: `status` and `progress`; resumable with Last-Event-ID; `end` when the job has ended."""
+    if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
+        raise Invalid("Last-Event-ID is not an `id` that this stream gave out; leave it out to follow from now on.")
     view = await run_in_threadpool(_view, parts, job_id)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     stream = _events(parts, request, view, last_event_id)
@@ -109,11 +112,7 @@ async def _events(parts: Parts, request: Request, view: dict[str, Any], last_id:
     while view["status"] not in TERMINAL and time.monotonic() < deadline:
         if await request.is_disconnected():
             return
-        try:
-            entries = await run_in_threadpool(events.read, parts.redis, job_id, cursor, 1000)
-        except redis.RedisError:
-            entries = []
-            await asyncio.sleep(1.0)
+        entries = await _next_events(parts, job_id, cursor)
         for entry in entries:
             cursor = entry.id
             if entry.event == "progress":
@@ -128,6 +127,15 @@ async def _events(parts: Parts, request: Request, view: dict[str, Any], last_id:
         yield _sse("end", view)
     else:
         yield b"retry: 500\nevent: reconnect\ndata: {}\n\n"
+
+
+async def _next_events(parts: Parts, job_id: str, cursor: str) -> list[events.Event]:
+    """What came after `cursor`, waiting a second at most. Not in a thread: many streams wait at once."""
+    try:
+        return events.parse(await parts.async_redis.xread({events.key(job_id): cursor}, count=100, block=1000))
+    except redis.RedisError:
+        await asyncio.sleep(1.0)
+        return []
 
 
 def _sse(event: str, data: Any, event_id: str | None = None) -> bytes:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.errors import InvalidInput
 from models.knowledge.names import validate_class_names
 from service.core import jobs, repositories
-from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
+from service.core.errors import Conflict, Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.core.ids import new_id
 from service.core.tables import Job, Knowledge
-from service.deps import Cursor, Limit, Parts, PartsDep, decode_cursor, page_out
+from service.deps import PagingDep, Parts, PartsDep
 from service.json import FastJSON, dumps
-from service.problems import documented, pointer_of
-from service.schemas import JobOut, KnowledgeCreate, KnowledgeKind, KnowledgeOut, LookupOut, Page
+from service.openapi import body_schema
+from service.problems import documented, escape, invalid
+from service.schemas import JobOut, KnowledgeCreate, KnowledgeKind, KnowledgeOut, LookupOut, Name, Page
 from service.submit import JOB_HEADERS, submit
-from service.uploads import file_fields, multipart, scratch_copy, text_field
+from service.uploads import content_type_of, file_fields, filename_of, multipart, scratch_copy, text_field
 
 router = APIRouter(prefix="/v1/knowledge", tags=["knowledge"])
+MAX_NUMBER, MIN_NUMBER = 3.4e38, 1e-37  # what stays finite, and more than zero, as float32
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 SUFFIXES = (".txt", ".vec", ".bin", ".npz", ".mat", ".csv", ".tsv", ".gz")
 
 
@@ -50,7 +52,7 @@ def knowledge_out(row: Knowledge) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": KnowledgeCreate.model_json_schema()},
+                "application/json": {"schema": body_schema(KnowledgeCreate)},
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
@@ -68,7 +70,7 @@ def knowledge_out(row: Knowledge) -> dict[str, Any]:
 )
 async def create_knowledge(request: Request, parts: PartsDep) -> Response:
     """Adds a knowledge source; a job reads and indexes it; the job's `resource` names the source."""
-    content_type = request.headers.get("content-type", "").split(";")[0].strip()
+    content_type = content_type_of(request)
     if content_type == "multipart/form-data":
         return await _from_file(request, parts)
     if content_type == "application/json":
@@ -85,7 +87,7 @@ async def _from_file(request: Request, parts: Parts) -> Response:
         files = file_fields(form, "file", "files")
         if len(files) != 1:
             raise Invalid(f"Send exactly one file in the field 'file' ({len(files)} found).")
-        filename = (files[0].filename or "").rsplit("/", 1)[-1][-200:]
+        filename = filename_of(files[0]).rsplit("/", 1)[-1][-200:]
         if not filename.lower().endswith(SUFFIXES):
             raise UnsupportedMedia(f"{filename!r} has none of the suffixes that are read: {', '.join(SUFFIXES)}.")
         async with scratch_copy(files[0], parts.settings) as path:
@@ -98,11 +100,7 @@ def _from_json(raw: bytes, parts: Parts) -> Response:
     try:
         body = KnowledgeCreate.model_validate_json(raw)
     except ValidationError as error:
-        problems = [Problem(pointer_of(tuple(e["loc"])), e["msg"]) for e in error.errors()[:100]]
-        first = problems[0]
-        raise Invalid(
-            f"{len(problems)} problem(s); the first, at {first.pointer or '/'}: {first.message}", problems=problems
-        ) from None
+        raise invalid(error.errors(), KnowledgeCreate) from None
     if body.kind == "text_encoder":
         if not body.model or body.vectors is not None:
             raise InvalidInput(
@@ -121,26 +119,29 @@ def _from_json(raw: bytes, parts: Parts) -> Response:
 
 
 def _check_vectors(vectors: dict[str, list[float]], parts: Parts) -> None:
-    validate_class_names(list(vectors), max_count=parts.settings.max_classes, field="vectors")
+    validate_class_names(vectors, max_count=parts.settings.max_classes, field="vectors")
     first_name, first = next(iter(vectors.items()))
-    for name, vector in vectors.items():
-        if len(vector) != len(first):
-            raise InvalidInput(
-                f"{name!r} has {len(vector)} numbers, {first_name!r} has {len(first)}; all vectors need one length.",
-                field=f"vectors/{name}",
-            )
-        if not all(map(math.isfinite, vector)):
-            raise InvalidInput(f"The vector of {name!r} holds NaN or infinity.", field=f"vectors/{name}")
-        if not any(vector):
-            raise InvalidInput(f"The vector of {name!r} is all zeros.", field=f"vectors/{name}")
     if len(first) > parts.settings.max_vector_dim:
         raise TooLarge(f"Vectors have {len(first):,} dimensions; at most {parts.settings.max_vector_dim:,} are taken.")
+    for name, vector in vectors.items():
+        field = f"vectors/{escape(name)}"
+        if len(vector) != len(first):
+            message = f"{name!r} has {len(vector)} numbers, {first_name!r} has {len(first)}"
+            raise InvalidInput(f"{message}; all vectors need one length.", field=field)
+        if not all(abs(x) <= MAX_NUMBER for x in vector):
+            raise InvalidInput(
+                f"The vector of {name!r} holds NaN, infinity or a number too large for 32 bits. Correct or remove it.",
+                field=field,
+            )
+        if not any(abs(x) >= MIN_NUMBER for x in vector):
+            raise InvalidInput(f"The vector of {name!r} is all zeros, so it says nothing. Remove it.", field=field)
 
 
 def _name(text: str) -> str:
-    if not text.strip() or len(text) > 200 or any(ord(c) < 32 or ord(c) == 127 for c in text):
-        raise Invalid("'name' must have 1 to 200 printable characters.")
-    return text
+    try:
+        return _NAME.validate_python(text)
+    except ValidationError:
+        raise Invalid("'name' must have 1 to 200 characters, not only spaces, no control characters.") from None
 
 
 def _create(parts: Parts, name: str, kind: str, payload: dict[str, Any]) -> Response:
@@ -153,11 +154,11 @@ def _create(parts: Parts, name: str, kind: str, payload: dict[str, Any]) -> Resp
 
 
 @router.get("", response_model=Page[KnowledgeOut])
-def list_knowledge(parts: PartsDep, limit: Limit = 20, cursor: Cursor = None) -> Response:
+def list_knowledge(parts: PartsDep, paging: PagingDep) -> Response:
     """Knowledge sources, newest first."""
     with parts.database.read() as session:
-        rows, more = repositories.page(session, Knowledge, limit=limit, cursor=decode_cursor(cursor))
-    return FastJSON(page_out([knowledge_out(row) for row in rows], more, lambda: rows[-1].id))
+        rows, more = repositories.page(session, Knowledge, limit=paging.limit, cursor=paging.after)
+    return FastJSON(paging.out([knowledge_out(row) for row in rows], more, lambda: rows[-1].id))
 
 
 @router.get("/{knowledge_id}", response_model=KnowledgeOut, responses=documented(NotFound))
@@ -179,10 +180,12 @@ def delete_knowledge(knowledge_id: str, parts: PartsDep) -> Response:
 async def lookup(
     knowledge_id: str,
     parts: PartsDep,
-    names: Annotated[list[str], Query(min_length=1, max_length=1000, description="Repeat, or separate by commas.")],
+    names: Annotated[
+        list[str], Query(min_length=1, max_length=1000, description="Repeat; or once, separated by commas.")
+    ],
 ) -> Response:
     """Which class names resolve, and how; near entries for those that do not."""
-    wanted = [name.strip() for part in names for name in part.split(",")]
+    wanted = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
     validate_class_names(wanted, field="names")
     await run_in_threadpool(ready_knowledge, parts, knowledge_id)
     found = (await parts.inference.lookup(knowledge_id, wanted))["resolutions"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
@@ -28,7 +30,7 @@ from service.schemas import (
     UploadOut,
 )
 from service.submit import JOB_HEADERS, submit
-from service.uploads import file_fields, multipart, scratch_copy
+from service.uploads import content_type_of, file_fields, filename_of, multipart, scratch_copy, text_field
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 _ARCHIVE_TYPES = (
@@ -44,15 +46,15 @@ _ARCHIVE_TYPES = (
 
 
 @dataclass(frozen=True)
-class _Labels:
-    """Which class (and split) each file belongs to."""
+class _Upload:
+    """One usable image of a request, not yet stored."""
 
-    class_name: str | None
-    by_filename: dict[str, str]
-    split: str | None
-
-    def of(self, filename: str) -> str | None:
-        return self.by_filename.get(filename, self.class_name)
+    file: UploadFile
+    filename: str
+    class_name: str
+    sha256: str
+    info: ImageInfo
+    n_bytes: int
 
 
 @router.post(
@@ -89,24 +91,19 @@ async def upload_images(dataset_id: str, request: Request, parts: PartsDep) -> R
         files = file_fields(form, "files", "files[]", "file")
         if not files:
             raise Invalid("The form holds no files; send them in the field 'files'.")
-        labels = _labels(form, files, parts)
+        classes = _classes(form, files, parts)
+        split = _split(form)
+        await run_in_threadpool(_check_spelling, parts, dataset_id, classes)
         out = UploadOut(accepted=[], rejected=[])
-        batch: list[tuple[str, str, str, ImageInfo, int]] = []
-        for file in files:
-            filename = (file.filename or "")[-512:]
-            class_name = labels.of(filename)
-            if class_name is None:
-                raise Invalid(f"No class is given for {filename!r}: send 'class_name', or name the file in 'labels'.")
-            if (file.size or 0) > parts.settings.max_image_bytes:
-                reason = f"The file has {file.size:,} bytes; at most {parts.settings.max_image_bytes:,} are taken."
-                out.rejected.append(RejectedImage(filename=filename, reason=reason))
-                continue
+        batch: list[_Upload] = []
+        for file, class_name in zip(files, classes, strict=True):
             try:
-                sha256, info, size = await run_in_threadpool(_store_image, parts, await file.read())
-                batch.append((filename, class_name, sha256, info, size))
+                batch.append(await run_in_threadpool(_probed, file, class_name, parts))
             except UnreadableImage as error:
-                out.rejected.append(RejectedImage(filename=filename, reason=error.reason))
-        await run_in_threadpool(_record_images, parts, dataset_id, labels.split, batch, out)
+                out.rejected.append(RejectedImage(filename=filename_of(file), reason=error.reason))
+        for upload in batch:
+            await run_in_threadpool(_store, upload, parts)
+        await run_in_threadpool(_record_images, parts, dataset_id, split, batch, out)
     return FastJSON(out.model_dump())
 
 
@@ -116,94 +113,134 @@ def _writable_dataset(parts: Parts, dataset_id: str) -> None:
             raise Conflict(f"Dataset {dataset_id!r} holds features; it takes no images. Create another dataset.")
 
 
-def _labels(form: FormData, files: list[UploadFile], parts: Parts) -> _Labels:
-    class_name, split, raw = (
-        value if isinstance(value, str) else None for value in map(form.get, ("class_name", "split", "labels"))
-    )
-    if split not in (None, "", "train", "test"):
+def _split(form: FormData) -> str | None:
+    split = text_field(form, "split", "")
+    if split not in ("", "train", "test"):
         raise Invalid(f"'split' must be 'train' or 'test', not {split!r}; leave it out to follow test_fraction.")
-    by_filename: dict[str, str] = {}
-    if raw:
-        by_filename = _parse_labels(raw, [(file.filename or "")[-512:] for file in files])
-    names = [*([class_name] if class_name is not None else []), *dict.fromkeys(by_filename.values())]
-    if not names:
+    return split or None
+
+
+def _classes(form: FormData, files: list[UploadFile], parts: Parts) -> list[str]:
+    """The class of each file, from `labels` or else `class_name`."""
+    for_all = text_field(form, "class_name", "") if "class_name" in form else None
+    raw = text_field(form, "labels", "")
+    if for_all is None and not raw:
         raise Invalid("Say which class the images show: 'class_name' for all files, or 'labels' for each.")
-    validate_class_names(list(dict.fromkeys(names)), max_count=parts.settings.max_classes, field="labels")
-    return _Labels(class_name, by_filename, split or None)
+    given: list[str | None] = [for_all] * len(files)
+    if raw:
+        labels = _parsed_labels(raw, [filename_of(file) for file in files])
+        given = [label if label is not None else for_all for label in labels]
+    if None in given:
+        nameless = filename_of(files[given.index(None)])
+        raise Invalid(f"No class is given for {nameless!r}: send 'class_name', or name the file in 'labels'.")
+    field = "labels" if raw else "class_name"
+    distinct = list(dict.fromkeys(name for name in given if name is not None))
+    clean = validate_class_names(distinct, max_count=parts.settings.max_classes, field=field)
+    cleaned = dict(zip(distinct, clean, strict=True))
+    return [cleaned[name] for name in given if name is not None]
 
 
-def _parse_labels(raw: str, filenames: list[str]) -> dict[str, str]:
+def _parsed_labels(raw: str, filenames: list[str]) -> list[str | None]:
+    """The label of each file, None where `labels` does not name it."""
     try:
         labels = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise Invalid(f"'labels' is no valid JSON: {error}.") from None
-    if isinstance(labels, list):
-        if len(labels) != len(filenames):
-            raise Invalid(f"'labels' lists {len(labels)} classes for {len(filenames)} files.")
-        if len(set(filenames)) != len(filenames):
-            raise Invalid("Two files share a name, so 'labels' as a list is ambiguous; name the files differently.")
-        labels = dict(zip(filenames, labels, strict=True))
-    if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
+    is_list = isinstance(labels, list)
+    values = labels if is_list else labels.values() if isinstance(labels, dict) else [None]
+    if not all(isinstance(value, str) for value in values):
         raise Invalid("'labels' must be a JSON object of file name -> class name, or a list of class names.")
-    unknown = [name for name in labels if name not in set(filenames)]
+    if is_list:
+        if len(labels) != len(filenames):
+            raise Invalid(f"'labels' lists {len(labels)} classes for {len(filenames)} files; give one for each.")
+        return list(labels)
+    known = set(filenames)
+    unknown = [name for name in labels if name not in known]
     if unknown:
         raise Invalid(f"'labels' names {unknown[0]!r}, which is not among the uploaded files.")
-    return labels
+    twice = next((name for name in labels if filenames.count(name) > 1), None)
+    if twice is not None:
+        raise Invalid(f"Two files are called {twice!r}; name them differently, or send 'labels' as a list.")
+    return [labels.get(name) for name in filenames]
 
 
-def _store_image(parts: Parts, data: bytes) -> tuple[str, ImageInfo, int]:
+def _check_spelling(parts: Parts, dataset_id: str, classes: Sequence[str]) -> None:
+    with parts.database.read() as session:
+        known = _spelling(session, dataset_id)
+    for name in dict.fromkeys(classes):
+        _require_spelling(known, name)
+
+
+def _spelling(session: Session, dataset_id: str) -> dict[str, str]:
+    """normalised name -> the dataset's spelling."""
+    return {normalize_class_name(c.class_name): c.class_name for c in repositories.class_counts(session, dataset_id)}
+
+
+def _require_spelling(known: dict[str, str], class_name: str) -> None:
+    existing = known.setdefault(normalize_class_name(class_name), class_name)
+    if existing != class_name:
+        raise InvalidInput(
+            f"The class {class_name!r} exists already, spelled {existing!r}. Use that spelling.", field="class_name"
+        )
+
+
+def _probed(file: UploadFile, class_name: str, parts: Parts) -> _Upload:
+    """The file as an image, decoded once; UnreadableImage if it is none."""
+    if (file.size or 0) > parts.settings.max_image_bytes:
+        raise UnreadableImage(
+            f"The file has {file.size:,} bytes; at most {parts.settings.max_image_bytes:,} are taken."
+        )
+    data = file.file.read()
     info = probe_image(data, parts.image_limits)
-    parts.store.put_bytes(data)
-    return hashlib.sha256(data).hexdigest(), info, len(data)
+    return _Upload(file, filename_of(file), class_name, hashlib.sha256(data).hexdigest(), info, len(data))
 
 
-def _record_images(
-    parts: Parts, dataset_id: str, split: str | None, batch: list[tuple[str, str, str, ImageInfo, int]], out: UploadOut
-) -> None:
+def _store(upload: _Upload, parts: Parts) -> None:
+    upload.file.file.seek(0)
+    parts.store.put_bytes(upload.file.file.read())
+
+
+def _record_images(parts: Parts, dataset_id: str, split: str | None, batch: Sequence[_Upload], out: UploadOut) -> None:
     with parts.database.write() as session:
         repositories.get(session, Dataset, dataset_id)
-        known = {
-            normalize_class_name(c.class_name): c.class_name for c in repositories.class_counts(session, dataset_id)
-        }
-        present = repositories.images_by_content(session, dataset_id, [sha256 for _, _, sha256, _, _ in batch])
-        for filename, class_name, sha256, info, size in batch:
-            existing = known.setdefault(normalize_class_name(class_name), class_name)
-            if existing != class_name:
-                raise InvalidInput(
-                    f"The class {class_name!r} exists already, spelled {existing!r}. Use that spelling.",
-                    field="class_name",
-                )
-            row = present.get(sha256)
-            if row is not None and row.class_name != class_name:
+        known = _spelling(session, dataset_id)
+        present = repositories.images_by_content(session, dataset_id, [upload.sha256 for upload in batch])
+        for upload in batch:
+            _require_spelling(known, upload.class_name)
+            row = present.get(upload.sha256)
+            if row is not None and row.class_name != upload.class_name:
                 reason = f"The same image is already in this dataset, as {row.class_name!r}."
-                out.rejected.append(RejectedImage(filename=filename, reason=reason))
+                out.rejected.append(RejectedImage(filename=upload.filename, reason=reason))
                 continue
-            duplicate = row is not None
+            is_duplicate = row is not None
             if row is None:
-                row = Image(
-                    id=new_id("image"),
-                    dataset_id=dataset_id,
-                    sha256=sha256,
-                    class_name=class_name,
-                    filename=filename,
-                    width=info.width,
-                    height=info.height,
-                    size_bytes=size,
-                    split=split,
-                )
+                row = present[upload.sha256] = _image_row(dataset_id, upload, split)
                 session.add(row)
-                present[sha256] = row
             out.accepted.append(
                 AcceptedImage(
                     image_id=row.id,
-                    sha256=sha256,
+                    sha256=row.sha256,
                     class_name=row.class_name,
-                    filename=filename,
+                    filename=upload.filename,
                     width=row.width,
                     height=row.height,
-                    duplicate=duplicate,
+                    duplicate=is_duplicate,
                 )
             )
+
+
+def _image_row(dataset_id: str, upload: _Upload, split: str | None) -> Image:
+    return Image(
+        id=new_id("image"),
+        dataset_id=dataset_id,
+        sha256=upload.sha256,
+        class_name=upload.class_name,
+        filename=upload.filename,
+        width=upload.info.width,
+        height=upload.info.height,
+        size_bytes=upload.n_bytes,
+        split=split,
+    )
 
 
 @router.post(
@@ -232,7 +269,7 @@ def _record_images(
 async def upload_archive(dataset_id: str, request: Request, parts: PartsDep) -> Response:
     """Imports a zip or tar with one folder a class. The job's result reports every file."""
     await run_in_threadpool(_writable_dataset, parts, dataset_id)
-    content_type = request.headers.get("content-type", "").split(";")[0].strip()
+    content_type = content_type_of(request)
     if content_type == "multipart/form-data":
         async with multipart(request, parts.settings) as form:
             files = file_fields(form, "file", "files", "archive")
