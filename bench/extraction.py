@@ -28,7 +28,7 @@ import torch
 from models.backbones import Backbone, create_backbone
 from models.data.images import DEFAULT_LIMITS, decode_image
 from models.embedding.extraction import ImageFeatures, decoded_side, extract_features
-from models.embedding.patches import WORKING_SIDE, cut_patches, patch_boxes
+from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
 from workers.runtime import MALLOC_ENVIRONMENT, THREAD_ENVIRONMENT
 
