@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def engine() -> Iterator[Engine]:
     threads = torch.get_num_threads()
     with Engine(decode_threads=2, max_wait_ms=50) as running:
         yield running
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
 
 
 def labels(answers: list[list[Prediction] | ImageError]) -> list[str | None]:
@@ -262,7 +263,7 @@ def test_features_are_those_of_the_training_extraction() -> None:
         files.append(buffer.getvalue())
     backbone = create_backbone("small_cnn", weights=None)
     params = PatchParams(method="whole", size=64)
-    extracted = list(extract_features([(str(i), lambda d=d: d) for i, d in enumerate(files)], backbone, params))
+    extracted = list(extract_features([(str(i), partial(bytes, d)) for i, d in enumerate(files)], backbone, params))
     seen: list[FloatArray] = []
 
     class Keep:

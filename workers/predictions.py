@@ -1,0 +1,94 @@
+"""A classifier ready to answer, and the step from image features to ranked, calibrated predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+from torch import Tensor
+
+from models.base import FloatArray, IntArray
+from models.errors import InvalidInput, UnknownName
+from models.evaluation import Scorer, calibrated_stacking, top_k
+
+Scope = Literal["unseen", "seen", "all"]
+
+
+class FeatureExtractor(Protocol):
+    """What the engine needs of a backbone."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, h, w) -> float32 (B, feature_dim)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A loaded classifier with the classes that compete: names, embeddings (n_classes, embedding_dim), seen marks.
+
+    size: side in pixels to which images are resized, as in training. gamma is on the scale of the classifier's scores;
+    softmax(scores / temperature) is the probability.
+    """
+
+    classifier: Scorer
+    backbone: FeatureExtractor
+    size: int
+    class_names: tuple[str, ...]
+    embeddings: FloatArray
+    is_seen: NDArray[np.bool_]
+    gamma: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class for one image; `score` is its probability among the classes that competed."""
+
+    label: str
+    score: float
+    seen: bool
+
+
+@dataclass(frozen=True)
+class ImageError:
+    """An image that could not be classified; the others of its request were."""
+
+    reason: str
+
+
+def competing(resident: Resident, scope: Scope, class_names: Sequence[str] | None) -> IntArray:
+    """Positions of the classes of `scope`, or of those of `class_names` in it; InvalidInput where none remain."""
+    in_scope = {"all": np.ones_like(resident.is_seen), "seen": resident.is_seen, "unseen": ~resident.is_seen}[scope]
+    if class_names is None:
+        chosen = np.flatnonzero(in_scope)
+    else:
+        position = {name: i for i, name in enumerate(resident.class_names)}
+        unknown = [name for name in class_names if name not in position]
+        if unknown:
+            raise UnknownName("class", unknown[0], resident.class_names, field="class_names")
+        wanted = np.array([position[name] for name in dict.fromkeys(class_names)], np.int64)
+        chosen = wanted[in_scope[wanted]]
+    if len(chosen) == 0:
+        raise InvalidInput(f"No class competes: none of those asked for is in scope {scope!r}.", field="scope")
+    return chosen
+
+
+def rank(
+    resident: Resident, features: FloatArray, classes: IntArray, *, k: int, gamma: float | None = None
+) -> list[list[Prediction]]:
+    """The `k` likeliest of `classes` for each row of `features` (n_images, feature_dim), best first.
+
+    gamma (None: the resident's own) handicaps seen classes; it changes nothing where only one side competes.
+    """
+    is_seen = resident.is_seen[classes]
+    scores = resident.classifier.scores(features, resident.embeddings[classes])
+    scores = calibrated_stacking(scores, is_seen, resident.gamma if gamma is None else gamma)
+    probabilities = softmax(scores.astype(np.float64) / resident.temperature, axis=1)
+    return [
+        [Prediction(resident.class_names[classes[c]], float(row[c]), bool(is_seen[c])) for c in best]
+        for row, best in zip(probabilities, top_k(scores, k), strict=True)
+    ]
