@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +77,7 @@ def api(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=3,  # event streams would hold it up
+        timeout_graceful_shutdown=2,  # event streams would hold it up
     )
 
 
@@ -90,6 +91,39 @@ def worker(data_dir: DataDir = None, device: Device = None, threads: Threads = N
 def inference(data_dir: DataDir = None, device: Device = None, threads: Threads = None) -> None:
     """Starts the inference process, which answers the API's classify and embed calls."""
     run_module("workers.inference", read_settings(data_dir=data_dir, device=device, threads=threads))
+
+
+@app.command()
+def doctor() -> None:
+    """Checks this machine for what the service needs, and says what to do."""
+    from service import cli_doctor
+
+    if not cli_doctor.show(cli_doctor.examine(read_settings())):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="Folder with <class>/<photo>; default: drawn creatures.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A .pth/.safetensors file, or imagenet; default: scratch.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Network; default: told by the weights file's name.")] = None,
+    knowledge: Annotated[Path | None, typer.Option(help="File of vectors; default: knowledge/*.npz of --data.")] = None,
+    unseen: Annotated[
+        str, typer.Option(help="Classes to keep unseen, separated by commas; default: splits.json.")
+    ] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="Where the service keeps its data; default: var/demo-…")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the service running at the end.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Small settings, for a quick look; results are poor.")] = False,
+) -> None:
+    """Shows everything, from photos to the recognition of classes without photos, in a service of its own."""
+    from service import demo as show
+
+    require_torch()
+    names = cli_embed.names_of(unseen)
+    plan = show.plan_demo(data, knowledge=knowledge, weights=weights, backbone=backbone, unseen=names, fast=fast)
+    show.run(plan, data_dir or Path("var") / time.strftime("demo-%Y%m%d-%H%M%S"), keep=keep)
 
 
 @app.command()
@@ -153,7 +187,9 @@ def run_module(module: str, settings: Settings) -> None:
     """Becomes `python -m module` with these settings; the command line itself never loads torch."""
     require_torch()
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", module], {**os.environ, **settings.to_environment()})
+    # Options have been read into the settings, which say all there is to say.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNSEEN_")}
+    os.execve(sys.executable, [sys.executable, "-m", module], inherited | settings.to_environment())
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def embed(
     network = Network(backbone, weights)
     params = parse_settings(set_ or [], _base_params(network, clusters, patch_size, seed))
     with _connected(local, data_dir, network, url, api_key) as client:
-        dataset_id, split = _dataset(client, folder, names_of(unseen))
+        dataset_id, split = _dataset(client, folder, names_of(unseen), names_of(seen))
         if split.validation is not None and "validation_classes" not in params:
             params["validation_classes"] = split.validation
         source = text_encoder or knowledge or ""
@@ -121,15 +121,16 @@ class _Split:
         self.unseen, self.seen, self.validation = unseen, seen, validation
 
 
-def _dataset(client: Client, source: str, unseen: list[str]) -> tuple[str, _Split]:
+def _dataset(client: Client, source: str, unseen: list[str], seen: list[str]) -> tuple[str, _Split]:
+    """The id of the dataset, uploaded unless it is there, and the classes that its splits.json names."""
     if source.startswith("ds_") and not Path(source).exists():
         return str(client.get(source)["id"]), _Split(unseen)
-    dataset, report = upload(client, Path(source), test_classes=unseen)
-    if unseen or report.unseen_classes is None:
+    dataset, report = upload(client, Path(source), classes=[*seen, *unseen] if seen else None, test_classes=unseen)
+    if unseen or seen or report.unseen_classes is None:
         return str(dataset["id"]), _Split(unseen)
-    seen = list(report.seen_classes) if report.seen_classes is not None else None
+    listed = list(report.seen_classes) if report.seen_classes is not None else None
     validation = list(report.validation_classes) if report.validation_classes else None
-    return str(dataset["id"]), _Split(list(report.unseen_classes), seen, validation)
+    return str(dataset["id"]), _Split(list(report.unseen_classes), listed, validation)
 
 
 @contextmanager

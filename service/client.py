@@ -98,11 +98,15 @@ class Client(Connection):
         dataset_id: str,
         folder: str | Path,
         *,
+        classes: Iterable[str] | None = None,
         test_classes: Iterable[str] = (),
         on_progress: OnCount | None = None,
     ) -> FolderUpload:
-        """Adds <class>/<file>, heeding a splits.json; images of `test_classes` are kept for evaluation."""
-        images, report = read_folder(Path(folder), test_classes=test_classes)
+        """Adds <class>/<file>, heeding a splits.json; `classes`: only these.
+
+        Images of `test_classes` that splits.json says nothing of are kept for evaluation.
+        """
+        images, report = read_folder(Path(folder), classes=classes, test_classes=test_classes)
         done = 0
         for answer, n_files in self._upload(dataset_id, images):
             report.add(answer)

@@ -49,23 +49,28 @@ class FolderUpload:
         self.rejected += answer["rejected"]
 
 
-def read_folder(folder: Path, *, test_classes: Iterable[str] = ()) -> tuple[list[LabelledImage], FolderUpload]:
+def read_folder(
+    folder: Path, *, classes: Iterable[str] | None = None, test_classes: Iterable[str] = ()
+) -> tuple[list[LabelledImage], FolderUpload]:
     """The labelled images of a folder (one folder a class; splits.json heeded), and the report to fill.
 
-    Images of `test_classes` without a split of their own become test rows. InvalidInput for a folder without images.
+    `classes`: only these (None: all). Images of `test_classes` without a split of their own become test rows.
+    InvalidInput for a folder without images.
     """
     scan = scan_folder(folder)
     held_out = set(test_classes)
+    wanted = set(classes) if classes is not None else set(scan.class_names)
     images = [
         LabelledImage(
             image.name, image.path, image.class_name, image.split or ("test" if image.class_name in held_out else None)
         )
         for image in scan.images
+        if image.class_name in wanted
     ]
     report = FolderUpload(
         n_images=len(images),
         rejected=[{"filename": name, "reason": reason} for name, reason in scan.rejected],
-        class_names=scan.class_names,
+        class_names=tuple(name for name in scan.class_names if name in wanted),
         seen_classes=scan.seen_classes,
         unseen_classes=scan.unseen_classes,
         validation_classes=scan.validation_classes,

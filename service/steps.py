@@ -65,11 +65,15 @@ def private_service(data_dir: Path, weights_dir: Path | None = None) -> Iterator
         yield service, client
 
 
-def upload(client: Client, folder: Path, *, test_classes: Sequence[str] = ()) -> tuple[Json, FolderUpload]:
-    """A new dataset with the folder's images, and what became of them."""
+def upload(
+    client: Client, folder: Path, *, classes: Sequence[str] | None = None, test_classes: Sequence[str] = ()
+) -> tuple[Json, FolderUpload]:
+    """A new dataset with the folder's images (of `classes`, if given), and what became of them."""
     dataset = client.create_dataset(folder.resolve().name[:200] or "images")
     with upload_bar("Upload") as advance:
-        report = client.upload_folder(dataset["id"], folder, test_classes=test_classes, on_progress=advance)
+        report = client.upload_folder(
+            dataset["id"], folder, classes=classes, test_classes=test_classes, on_progress=advance
+        )
     print_rejected(report.rejected)
     return dataset, report
 

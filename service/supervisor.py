@@ -64,9 +64,7 @@ def devices(device: str) -> list[str]:
 def default_parts(settings: Settings) -> list[Part]:
     """Inference, one worker a device, and the API."""
     python = sys.executable
-    api = [python, "-m", "uvicorn", "service.app:create_app", "--factory", "--host", settings.host]
-    api += ["--port", str(settings.port), "--timeout-graceful-shutdown", "2", "--no-server-header"]
-    api += ["--log-level", settings.log_level, "--no-access-log"]
+    api = [python, "-m", "service.cli", "api", "--host", settings.host, "--port", str(settings.port)]
     found = devices(settings.device)
     inference = Part("inference", [python, "-m", "workers.inference"], {**_MALLOC, "UNSEEN_DEVICE": found[0]}, 0)
     workers = [
@@ -152,7 +150,9 @@ class _Child:
 
     def __init__(self, part: Part, settings: Settings) -> None:
         self.part = part
-        self._environment = {**os.environ, **settings.to_environment(), **part.environment, "PYTHONUNBUFFERED": "1"}
+        # An option that says the default again must win over a variable that says otherwise.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNSEEN_")}
+        self._environment = {**inherited, **settings.to_environment(), **part.environment, "PYTHONUNBUFFERED": "1"}
         self._process: subprocess.Popen[bytes] | None = None
         self._output: threading.Thread | None = None
         self._began = 0.0

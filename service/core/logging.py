@@ -50,6 +50,8 @@ def configure_logging(level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    for name in ("httpx", "alembic"):  # a line for each request within the service, and for each start
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
 def _redact_event(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
