@@ -68,10 +68,10 @@ class ClusteringParams(Params):
         "frozen", description="Train the heads on cached features, or the backbone too, end to end."
     )
     epochs: int = Field(
-        50, ge=1, le=10_000, description="At most this many passes; validation classes may stop sooner."
+        30, ge=1, le=10_000, description="At most this many passes; validation classes may stop sooner."
     )
     batch_size: int = Field(1024, ge=2, le=65_536, description="Patches a step; the entropy needs many more than Dv.")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size.")
+    learning_rate: float = Field(5e-3, gt=0, le=10, description="Adam's step size.")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="Adam's weight decay.")
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes cut from the seen ones.")
     patience: int = Field(10, ge=1, le=1000, description="Epochs without a better validation score before stopping.")
@@ -128,6 +128,7 @@ class SJEParams(Params):
         "minmax", description="Scaling of the image features."
     )
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes, then refit on all.")
+    patience: int = Field(20, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
     folds: int = Field(
         5,
         ge=1,

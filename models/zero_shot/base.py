@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,6 +30,7 @@ from models.zero_shot.scaling import FeatureScaling, Scaling, unit_rows
 
 Setting = dict[str, float]
 History = list[dict[str, float]]
+EmbeddingsOf = Callable[[Sequence[str]], FloatArray]
 
 _FORMAT = 1
 _WEIGHTS, _MANIFEST = "model.safetensors", "manifest.json"
@@ -98,26 +99,28 @@ class ZeroShotModel(ABC):
         class_embeddings: FloatArray,
         *,
         validation_classes: Sequence[str] = (),
-        validation_embeddings: FloatArray | None = None,
+        validation_embeddings: FloatArray | EmbeddingsOf | None = None,
         on_progress: OnProgress = ignore_progress,
     ) -> Self:
         """Learn from training images of seen classes; row i of `class_embeddings` belongs to class i of `features`.
 
         validation_classes: seen classes to choose by, as if they were unseen. None given: defaults, gamma 0.
-        validation_embeddings: (n_validation, embedding_dim), what these classes' embeddings would be without their
-        images (as unseen classes have theirs); left out, their rows of `class_embeddings` stand in.
+        validation_embeddings: what classes' embeddings would be without their images, as unseen classes have theirs:
+        a function from class names to rows, asked for each fold, or the rows of the validation classes (which are
+        then the only fold). Left out, their rows of `class_embeddings` stand in.
         Raises ShapeMismatch, InvalidInput, TooFewSamples; lets `Cancelled` from `on_progress` pass.
         """
         self._fitted = False
         raw, embeddings = _checked(features, class_embeddings)
         names = features.class_names
         held_classes = _positions(names, validation_classes)
-        for_choice = embeddings.copy()
-        if validation_embeddings is not None:
-            for_choice[held_classes] = _matching(validation_embeddings, (len(held_classes), embeddings.shape[1]))
-        n_folds = 1 if validation_embeddings is not None else int(getattr(self.params, "folds", 1))
-        folds = class_folds(len(names), held_classes, n_folds, self.seed)
-        setting, tried, calibration = self._choose(raw, features.labels, for_choice, names, folds, on_progress)
+        is_table = validation_embeddings is not None and not callable(validation_embeddings)
+        n_folds = 1 if is_table else int(getattr(self.params, "folds", 1))
+        folds = [
+            (fold, _as_unseen(embeddings, fold, names, validation_embeddings))
+            for fold in class_folds(len(names), held_classes, n_folds, self.seed)
+        ]
+        setting, tried, calibration = self._choose(raw, features.labels, names, folds, on_progress)
         self._scaling = FeatureScaling(self._scaling_kind()).fit(raw)
         rows = Rows(self._scaling(raw), features.labels, embeddings)
         used, trained = self._learn(rows, setting, on_progress)
@@ -196,14 +199,16 @@ class ZeroShotModel(ABC):
         self,
         raw: FloatArray,
         labels: IntArray,
-        embeddings: FloatArray,
         names: Sequence[str],
-        folds: list[IntArray],
+        folds: list[tuple[IntArray, FloatArray]],
         on_progress: OnProgress,
     ) -> tuple[Setting | None, History, Calibration]:
-        """The setting that does best over the folds, what was tried, and gamma and temperature with that setting."""
+        """The setting that does best over the folds, what was tried, and gamma and temperature with that setting.
+
+        folds: the classes of each, and all classes' embeddings while these stand for unseen ones.
+        """
         slice_rows, learn_rows = held_out_slice(labels, self.seed)
-        trials = [self._trial(raw, labels, embeddings, fold, learn_rows) for fold in folds]
+        trials = [self._trial(raw, labels, embeddings, fold, learn_rows) for fold, embeddings in folds]
         tried = [
             trial._try_settings(train, held, _part(on_progress, "choosing", i, len(trials)))
             for i, (trial, _, train, held) in enumerate(trials)
@@ -213,16 +218,15 @@ class ZeroShotModel(ABC):
         setting = self._pick(tried) if tried else None
         outcomes = []
         for i, (trial, rows, train, held) in enumerate(trials):
-            kept = np.setdiff1d(np.arange(len(names)), folds[i])
+            fold, embeddings = folds[i]
+            kept = np.setdiff1d(np.arange(len(names)), fold)
             trial._learn(train, setting, _part(on_progress, "calibrating", i, len(trials)))
             seen_slice = rows.of(kept, slice_rows)
             scores = trial._compatibility(
-                np.concatenate([seen_slice.features, held.features]), embeddings[np.r_[kept, folds[i]]]
+                np.concatenate([seen_slice.features, held.features]), embeddings[np.r_[kept, fold]]
             )
             truth = np.concatenate([seen_slice.labels, held.labels + len(kept)])
-            outcomes.append(
-                FoldScores(scores / trial._spread(train), truth, len(kept), tuple(names[c] for c in folds[i]))
-            )
+            outcomes.append(FoldScores(scores / trial._spread(train), truth, len(kept), tuple(names[c] for c in fold)))
         return setting, mean_history(tried), calibrate(outcomes)
 
     def _trial(
@@ -330,18 +334,35 @@ def _positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:
     return np.array([index[name] for name in chosen], np.int64)
 
 
-def _matching(class_embeddings: FloatArray, shape: tuple[int, int]) -> FloatArray:
-    given = _unit_embeddings(class_embeddings)
-    if given.shape != shape:
-        raise ShapeMismatch(f"validation_embeddings {given.shape} must be {shape}.", field="validation_embeddings")
-    return given
+def _as_unseen(
+    embeddings: FloatArray, fold: IntArray, names: Sequence[str], given: FloatArray | EmbeddingsOf | None
+) -> FloatArray:
+    """All classes' embeddings, those of the `fold` replaced by what they would be without images, where `given`."""
+    if given is None or len(fold) == 0:
+        return embeddings
+    rows = _unit_embeddings(given([names[c] for c in fold]) if callable(given) else given)
+    if rows.shape != (len(fold), embeddings.shape[1]):
+        raise ShapeMismatch(
+            f"validation_embeddings {rows.shape} must be {(len(fold), embeddings.shape[1])}.",
+            field="validation_embeddings",
+        )
+    replaced = embeddings.copy()
+    replaced[fold] = rows
+    return replaced
 
 
 def mean_history(histories: list[History]) -> History:
-    """What the folds tried, number by number the mean; cut to the shortest."""
+    """What the folds tried, number by number the mean; a fold that stopped early stays where it was.
+
+    The `epoch` itself is the longest fold's.
+    """
+    longest = max((len(history) for history in histories), default=0)
     return [
-        {key: float(np.mean([entry[key] for entry in entries])) for key in entries[0]}
-        for entries in zip(*histories, strict=False)
+        {
+            key: float((np.max if key == "epoch" else np.mean)([h[min(i, len(h) - 1)][key] for h in histories]))
+            for key in histories[0][0]
+        }
+        for i in range(longest)
     ]
 
 

@@ -8,7 +8,7 @@ Letters in trailing comments: B images of a step, C classes, D features, E embed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from models.base import FloatArray, OnProgress, Progress
 from models.params import Params, SJEParams
-from models.zero_shot.base import History, Setting, ZeroShotModel
+from models.zero_shot.base import History, Setting, ZeroShotModel, mean_history
 from models.zero_shot.folds import Rows
 from models.zero_shot.scaling import Scaling
 
@@ -50,11 +50,12 @@ class SJE(ZeroShotModel):
             history.append(entry)
             metrics = {"loss": entry["loss"], "validation_t1": entry["validation_t1"]}
             on_progress(Progress("choosing", len(history), self.params.epochs, metrics))
+            if len(history) - best_epoch([entry["validation_t1"] for entry in history]) >= self.params.patience:
+                break
         return history
 
     def _pick(self, tried: list[History]) -> Setting:
-        t1 = np.mean([[entry["validation_t1"] for entry in history] for history in tried], axis=0)
-        return {"epoch": float(best_epoch(t1))}
+        return {"epoch": float(best_epoch([entry["validation_t1"] for entry in mean_history(tried)]))}
 
     def _epochs(self, train: Rows, epochs: int) -> Iterator[dict[str, float]]:
         """Train; after each epoch its number and loss."""
@@ -105,8 +106,8 @@ class SJE(ZeroShotModel):
         return self.params.normalize
 
 
-def best_epoch(t1: FloatArray) -> int:
-    """The epoch, from 1, with the highest `t1` (n_epochs,) averaged with its two neighbours a side; ties: earliest."""
+def best_epoch(t1: Sequence[float]) -> int:
+    """The epoch, from 1, with the highest `t1` averaged with its two neighbours a side; ties: earliest."""
     smooth = [float(np.mean(t1[max(0, i - 2) : i + 3])) for i in range(len(t1))]
     return int(np.argmax(np.round(smooth, 9))) + 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import LabelledFeatures, Progress
+from models.base import FloatArray, LabelledFeatures, Progress
 from models.catalog import METHODS
 from models.errors import Cancelled, InvalidInput, NotFitted, ShapeMismatch, TooFewSamples, UnknownName
 from models.evaluation import ClassTable, evaluate, mean_per_class_accuracy
@@ -194,6 +194,17 @@ def test_predicted_embeddings_may_stand_in_for_validation_classes(name: str) -> 
         for given in (rows, rows[[1, 2, 0]])
     )
     assert same.validation_ == own.validation_
+    asked: list[list[str]] = []
+
+    def as_unseen(names: Sequence[str]) -> FloatArray:
+        asked.append(list(names))
+        return DATA.seen_embeddings[[DATA.train.class_names.index(n) for n in names]]
+
+    by_function = create_classifier(name, quick(name)).fit(
+        DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=as_unseen
+    )
+    assert by_function.validation_ == fitted(name).validation_
+    assert asked == by_function.validation_["folds"]
     assert turned.validation_["t1"] < own.validation_["t1"]
     with pytest.raises(ShapeMismatch, match="validation_embeddings"):
         create_classifier(name).fit(

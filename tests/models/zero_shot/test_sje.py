@@ -71,8 +71,8 @@ def test_weight_penalty_shrinks_the_weights() -> None:
 
 
 def test_best_epoch_is_smoothed_and_takes_the_earliest_of_equals() -> None:
-    assert best_epoch(np.array([0.1, 0.9, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6])) == 7
-    assert best_epoch(np.full(6, 0.5)) == 1
+    assert best_epoch([0.1, 0.9, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6]) == 7
+    assert best_epoch([0.5] * 6) == 1
 
 
 def test_chosen_epoch_is_the_one_trained_and_without_early_stopping_all_are() -> None:
@@ -80,5 +80,19 @@ def test_chosen_epoch_is_the_one_trained_and_without_early_stopping_all_are() ->
     for early, expected in ((True, None), (False, 9)):
         params = SJEParams(epochs=9, learning_rate=0.01, early_stopping=early, folds=2)
         model = SJE(params).fit(data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2"))
-        t1 = [entry.get("validation_t1") for entry in model.history_]
-        assert model.best_epoch_ == (expected or best_epoch(np.array(t1, dtype=float)))
+        t1 = [entry.get("validation_t1", 0.0) for entry in model.history_]
+        assert model.best_epoch_ == (expected or best_epoch(t1))
+
+
+def test_patience_ends_the_search_early() -> None:
+    data = made_up()
+    long, short = (
+        SJE(SJEParams(epochs=60, learning_rate=0.05, patience=patience, folds=1)).fit(
+            data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2")
+        )
+        for patience in (60, 5)
+    )
+    assert len(long.history_) == 60
+    assert len(short.history_) < 60
+    assert short.best_epoch_ is not None
+    assert short.best_epoch_ <= len(short.history_) - 5
