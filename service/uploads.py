@@ -8,15 +8,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
 
 from service.core.errors import Invalid, TooLarge, UnsupportedMedia
 from service.core.settings import Settings
 
 MAX_FIELDS = 1000
 _COPY_BYTES = 2**20
+_EPILOGUE_BYTES = 1024  # what may follow the closing boundary
 
 
 @asynccontextmanager
@@ -24,8 +27,10 @@ async def multipart(request: Request, settings: Settings) -> AsyncIterator[FormD
     """The parsed multipart form, its files closed afterwards; clear errors for anything else."""
     if content_type_of(request) != "multipart/form-data":
         raise UnsupportedMedia("Send this request as multipart/form-data.")
+    _, options = parse_options_header(request.headers["content-type"])
+    whole = Request(request.scope, _whole(request.receive, options.get(b"boundary", b"")))
     try:
-        form = await request.form(
+        form = await whole.form(
             max_files=settings.max_files_per_request, max_fields=MAX_FIELDS, max_part_size=settings.max_json_bytes
         )
     except HTTPException as error:  # starlette's word for a malformed form
@@ -39,6 +44,23 @@ async def multipart(request: Request, settings: Settings) -> AsyncIterator[FormD
         yield form
     finally:
         await form.close()
+
+
+def _whole(receive: Receive, boundary: bytes) -> Receive:
+    """`receive` that refuses a form without its closing boundary, whose last file the parser would drop in silence."""
+    closing = b"--" + boundary + b"--"
+    tail = b""
+
+    async def watched() -> Message:
+        nonlocal tail
+        message = await receive()
+        if message["type"] == "http.request":
+            tail = (tail + message.get("body", b""))[-len(closing) - _EPILOGUE_BYTES :]
+            if not message.get("more_body", False) and boundary and closing not in tail:
+                raise Invalid("The multipart body is malformed: it ends before its closing boundary. Send it whole.")
+        return message
+
+    return watched
 
 
 def content_type_of(request: Request) -> str:

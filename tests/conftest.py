@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from service.core.embedded import EmbeddedValkey
     from service.core.queue import JobQueue
     from service.core.settings import Settings
+    from tests.service.harness import LiveApi
 
 # Before anything imports torch or numpy.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -29,9 +30,13 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the person who runs the tests must not leak into them."""
+    _clean_environment(monkeypatch)
+
+
+def _clean_environment(patch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("UNSEEN_") and not name.startswith("UNSEEN_TEST_"):
-            monkeypatch.delenv(name)
+            patch.delenv(name)
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +112,34 @@ def queue(redis: Redis, settings: Settings) -> JobQueue:
     from service.core.queue import JobQueue
 
     return JobQueue(redis, settings.queue)
+
+
+@pytest.fixture(scope="module")
+def live_api(valkey: EmbeddedValkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApi]:
+    """The API on a real socket, shared by a file's tests: each makes resources of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        _clean_environment(patch)
+        api = _start_api(tmp_path_factory.mktemp("api"), valkey.url)
+    yield api
+    api.close()
+
+
+@pytest.fixture
+def start_api(valkey: EmbeddedValkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveApi]]:
+    """Starts APIs with settings of the test's choice; all of them are gone after it."""
+    started: list[LiveApi] = []
+
+    def start(**settings: Any) -> LiveApi:
+        started.append(_start_api(tmp_path_factory.mktemp("api"), valkey.url, **settings))
+        return started[-1]
+
+    yield start
+    for api in started:
+        api.close()
+
+
+def _start_api(folder: Path, redis_url: str, **settings: Any) -> LiveApi:
+    from service.core.settings import Settings
+    from tests.service.harness import LiveApi
+
+    return LiveApi(Settings(**{"data_dir": folder / "data", "redis_url": redis_url, "reconcile_s": 0.2, **settings}))

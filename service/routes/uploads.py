@@ -33,6 +33,7 @@ from service.submit import JOB_HEADERS, submit
 from service.uploads import content_type_of, file_fields, filename_of, multipart, scratch_copy, text_field
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+_FEATURE_FILES = ("res101", "att_splits", "features", "splits")
 _ARCHIVE_TYPES = (
     "application/zip",
     "application/x-tar",
@@ -300,10 +301,7 @@ async def upload_archive(dataset_id: str, request: Request, parts: PartsDep) -> 
                     "schema": {
                         "type": "object",
                         "description": "res101 and att_splits (xlsa17 .mat), or features (.npz), splits (.json).",
-                        "properties": {
-                            name: {"type": "string", "format": "binary"}
-                            for name in ("res101", "att_splits", "features", "splits")
-                        },
+                        "properties": {name: {"type": "string", "format": "binary"} for name in _FEATURE_FILES},
                     }
                 }
             },
@@ -315,14 +313,17 @@ async def upload_features(dataset_id: str, request: Request, parts: PartsDep) ->
     await run_in_threadpool(_empty_dataset, parts, dataset_id)
     keys: dict[str, str] = {}
     async with multipart(request, parts.settings) as form:
-        for name in ("res101", "att_splits", "features", "splits"):
-            for file in file_fields(form, name):
-                async with scratch_copy(file, parts.settings) as path:
-                    keys[name] = await run_in_threadpool(parts.store.put_file, path)
-    if set(keys) not in ({"res101", "att_splits"}, {"features"}, {"features", "splits"}):
-        raise Invalid(
-            f"Send 'res101' and 'att_splits', or 'features' with optional 'splits'; found {sorted(keys) or 'no file'}."
-        )
+        files = {name: file_fields(form, name) for name in _FEATURE_FILES}
+        given = {name: found[0] for name, found in files.items() if found}
+        if set(given) not in ({"res101", "att_splits"}, {"features"}, {"features", "splits"}):
+            found = ", ".join(given) or "no file"
+            raise Invalid(f"Send 'res101' and 'att_splits', or 'features' with optional 'splits'; found: {found}.")
+        twice = next((name for name, found in files.items() if len(found) > 1), None)
+        if twice is not None:
+            raise Invalid(f"Send one file in the field {twice!r}, not {len(files[twice])}.")
+        for name, file in given.items():
+            async with scratch_copy(file, parts.settings) as path:
+                keys[name] = await run_in_threadpool(parts.store.put_file, path)
     return await run_in_threadpool(_submit_import, parts, dataset_id, "import_features", {"files": keys})
 
 
