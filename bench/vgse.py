@@ -3,8 +3,8 @@
     UNSEEN_WEIGHTS_DIR=../shared/weights unseen serve &
     python bench/vgse.py --data ../shared/data
 
-Each folder of --data holds images/, splits.json and knowledge/*.npz. Every number comes back over REST; test rows are read
-by the evaluation only. Results are added to --out as they arrive: an interrupted run goes on where it stopped;
+Each folder of --data holds images/, splits.json and knowledge/*.npz. Every number comes back over REST; test rows are
+read by the evaluation only. Results are added to --out as they arrive: an interrupted run goes on where it stopped;
 `--report` prints the Markdown tables of what is there.
 """
 
