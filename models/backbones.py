@@ -279,7 +279,8 @@ def _settle_batch_norm(module: nn.Module, seed: int) -> None:
     if not norms:
         return
     generator = torch.Generator().manual_seed(seed)
-    noise = F.interpolate(torch.randn((16, 3, 12, 12), generator=generator), size=(96, 96), mode="bilinear")
+    side = 224 if isinstance(module, torchvision.models.MaxVit) else 96  # MaxVit takes one size only
+    noise = F.interpolate(torch.randn((16, 3, 12, 12), generator=generator), size=(side, side), mode="bilinear")
     module.eval()
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
