@@ -134,9 +134,10 @@ def openapi(
     check: Annotated[bool, typer.Option("--check", help="Only tell whether the file is up to date.")] = False,
 ) -> None:
     """Writes the OpenAPI document."""
+    from service.app import create_app
     from service.openapi import document_bytes
 
-    document = document_bytes()
+    document = document_bytes(create_app(Settings(host="127.0.0.1", api_keys="")))
     if check:
         if output is None:
             raise typer.BadParameter("--check compares with a file: give it with --output.")

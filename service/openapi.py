@@ -1,11 +1,10 @@
 """The OpenAPI document: what FastAPI derives from the routes, and what every route has in common.
 
-`python -m service.openapi > openapi/openapi.json` writes it, as does `make openapi`.
+`make openapi` writes it to openapi/openapi.json.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -109,14 +108,7 @@ def _lift_definitions(node: Any, schemas: dict[str, Any]) -> None:
         _lift_definitions(child, schemas)
 
 
-def document_bytes() -> bytes:
+def document_bytes(app: FastAPI) -> bytes:
     """The committed file's content: sorted, indented, one final newline."""
-    from service.app import create_app
-    from service.core.settings import Settings
-
-    document = create_app(Settings(host="127.0.0.1", api_keys="")).openapi()
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
-
-
-if __name__ == "__main__":
-    sys.stdout.buffer.write(document_bytes())
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    return orjson.dumps(openapi_document(app), option=options)

@@ -1,0 +1,370 @@
+"""The command line: usage, messages, exit codes; what it shows; and, marked slow, the whole service behind it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from service import cli_doctor, cli_output, demo, steps
+from service.cli import app, check_listening, read_settings
+from service.cli_embed import names_of, parse_settings
+from service.client import Client, UnseenError
+from service.core.settings import Settings
+from service.local import LocalService, free_port, private_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"red": (200, 30, 30), "green": (30, 190, 40), "blue": (40, 50, 210), "grey": (120, 120, 120)}
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"})
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to the terminal's standard output."""
+    out = io.StringIO()
+    console = Console(file=out, width=160, highlight=False)
+    for module in (cli_output, demo, steps, cli_doctor):
+        monkeypatch.setattr(module, "console", console)
+    return out
+
+
+def unseen(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=240)
+
+
+def make_photos(root: Path, n: int = 6) -> Path:
+    """Squares and stripes in colours: four seen classes and three unseen ones, with attributes and a splits.json."""
+    rng = np.random.default_rng(0)
+    names = [f"{shape}_{colour}" for shape in ("square", "stripes") for colour in COLOURS][:7]
+    for name in names:
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(n):
+            (root / "images" / name / f"{i}.png").write_bytes(drawing(name, rng))
+    seen, hidden = [*names[:3], names[4]], [names[3], *names[5:]]
+    splits = {
+        "seen_classes": seen,
+        "unseen_classes": hidden,
+        "train": [f"images/{c}/{i}.png" for c in seen for i in range(n - 2)],
+        "test_seen": [f"images/{c}/{i}.png" for c in seen for i in range(n - 2, n)],
+        "test_unseen": [f"images/{c}/{i}.png" for c in hidden for i in range(n)],
+    }
+    (root / "splits.json").write_text(json.dumps(splits))
+    (root / "knowledge").mkdir()
+    words = ["square", "stripes", *COLOURS]
+    table = [[float(word in name.split("_")) for word in words] for name in names]
+    np.savez(root / "knowledge" / "attributes.npz", class_names=names, vectors=table, attribute_names=words)
+    return root
+
+
+def drawing(name: str, rng: np.random.Generator) -> bytes:
+    """One picture of a class such as 'stripes_red', as a PNG."""
+    shape, colour = name.split("_")
+    pixels = rng.integers(180, 255, (48, 48, 3))
+    left, top = rng.integers(4, 12, 2)
+    part: Any = slice(top, top + 28), slice(left, left + 28, 1 if shape == "square" else 6)
+    pixels[part] = COLOURS[colour]
+    out = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+# ---- usage and messages ----------------------------------------------------------------------------
+
+
+def test_help_names_every_command(runner: CliRunner) -> None:
+    shown = runner.invoke(app, ["--help"]).output
+    wanted = "serve api worker inference embed classify doctor demo openapi version"
+    assert all(f"  {name} " in shown for name in wanted.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "photos", "-o", "out.npz"], "Give one of --knowledge and --text-encoder"),
+        (["embed", "photos", "--knowledge", "k", "-o", "out.xlsx"], "the suffix must be"),
+        (["embed", "photos", "--knowledge", "k", "-o", "/no/such/folder/out.npz"], "There is no folder"),
+        (["embed", "photos", "--knowledge", "k", "-o", "out.npz", "--set", "epochs"], "--set takes KEY=VALUE"),
+        (["embed", "photos", "--knowledge", "k", "-o", "out.npz", "--data-dir", "d"], "--data-dir belongs to --local"),
+        (["embed", "--knowledge", "k", "-o", "out.npz"], "Missing argument"),
+        (["classify", "/no/such/photo.jpg"], "does not exist"),
+        (["classify"], "Missing argument"),
+        (["serve", "--port", "0"], "greater than or equal to 1"),
+        (["openapi", "--check"], "--check compares with a file"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_told_and_exits_with_2(runner: CliRunner, arguments: list[str], message: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_expected_errors_are_one_message_and_exit_with_1(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(drawing("square_red", np.random.default_rng(1)))
+    nobody = f"http://127.0.0.1:{free_port()}"
+    answer = unseen("classify", str(tmp_path / "a.png"), "--url", nobody)
+    assert answer.returncode == 1
+    assert "Start the service with 'unseen serve'" in answer.stderr
+    assert "Traceback" not in answer.stderr + answer.stdout
+    answer = unseen("serve", UNSEEN_PORT="many")
+    assert answer.returncode == 1
+    assert "UNSEEN_PORT" in answer.stderr
+    answer = unseen("demo", "--data", str(tmp_path))
+    assert answer.returncode == 1
+    assert "holds no files in class folders" in answer.stderr
+
+
+def test_serve_refuses_what_cannot_work() -> None:
+    with pytest.raises(UnseenError, match="without API keys"):
+        check_listening(Settings(host="0.0.0.0"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UnseenError, match="is taken"):
+            check_listening(Settings(port=taken.getsockname()[1]))
+
+
+def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSEEN_PORT", "9000")
+    assert read_settings(port=None).port == 9000
+    assert read_settings(port=8000).port == 8000
+
+
+def test_a_private_service_takes_nothing_of_anothers() -> None:
+    environment = {
+        "UNSEEN_REDIS_URL": "redis://prod",
+        "UNSEEN_DATABASE_URL": "postgresql://prod",
+        "UNSEEN_API_KEYS": "k",
+        "UNSEEN_DEVICE": "cpu",
+        "UNSEEN_MAX_IMAGE_BYTES": "5",
+        "HOME": "/home/me",
+    }
+    kept = private_environment(environment)
+    assert kept == {"UNSEEN_DEVICE": "cpu", "UNSEEN_MAX_IMAGE_BYTES": "5", "HOME": "/home/me"}
+
+
+def test_parameters_from_settings() -> None:
+    params = parse_settings(
+        ["clustering.epochs=20", "patches.method=grid", "seed=3"], {"seed": 0, "patches": {"size": 64}}
+    )
+    assert params == {"seed": 3, "clustering": {"epochs": 20}, "patches": {"size": 64, "method": "grid"}}
+    with pytest.raises(UnseenError, match="has nothing inside"):
+        parse_settings(["seed.x=1"], {"seed": 0})
+    assert names_of("a, b c ,,d") == ["a", "b c", "d"]
+
+
+def test_openapi_goes_to_a_file_and_is_compared(runner: CliRunner, tmp_path: Path) -> None:
+    path = tmp_path / "openapi.json"
+    assert runner.invoke(app, ["openapi", "-o", str(path)]).exit_code == 0
+    assert json.loads(path.read_bytes())["info"]["title"] == "Unseen"
+    assert runner.invoke(app, ["openapi", "--check", "-o", str(path)]).exit_code == 0
+    path.write_text("{}")
+    result = runner.invoke(app, ["openapi", "--check", "-o", str(path)])
+    assert result.exit_code == 1
+
+
+def test_version_is_printed(runner: CliRunner) -> None:
+    assert runner.invoke(app, ["version"]).output.strip()
+
+
+# ---- doctor ----------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_machine_well(tmp_path: Path, shown: io.StringIO) -> None:
+    settings = Settings(data_dir=tmp_path / "new", port=free_port())
+    quick = (f for f in (check(settings) for check in (cli_doctor.python, cli_doctor.torch, cli_doctor.redis_server)))
+    assert cli_doctor.show(quick)
+    assert "embedded Valkey" in shown.getvalue()
+    assert cli_doctor.data_dir(settings).found.endswith("(will be made)")
+    assert cli_doctor.port(settings).level == "ok"
+    assert cli_doctor.database(settings).level == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_what_is_wrong(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = Settings(
+            data_dir=Path("/proc/nowhere"),
+            host="127.0.0.1",
+            port=taken.getsockname()[1],
+            redis_url=f"redis://me:secret@127.0.0.1:{free_port()}",
+            weights_dir=tmp_path / "missing",
+            api_keys="nonsense",
+        )
+        checks = (cli_doctor.redis_server, cli_doctor.weights, cli_doctor.keys, cli_doctor.data_dir)
+        findings = {finding.name: finding for finding in (check(settings) for check in checks)}
+        assert {finding.level for finding in findings.values()} == {"failure"}
+        assert all(finding.advice for finding in findings.values())
+        assert "secret" not in findings["Redis"].found
+        assert not cli_doctor.show(iter(findings.values()))
+    assert cli_doctor.weights(Settings(weights_dir=tmp_path)).level == "warning"
+
+
+# ---- what is shown ---------------------------------------------------------------------------------
+
+
+def test_durations_read_well() -> None:
+    assert [cli_output.duration(s) for s in (0.44, 12, 185, 7800)] == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_job_bars_tell_each_phase_once_without_a_terminal(shown: io.StringIO) -> None:
+    def job(phase: str, completed: int) -> dict[str, Any]:
+        progress = {"phase": phase, "completed": completed, "total": 10, "fraction": 0.5, "eta_s": 3.0}
+        return {"id": "job_1", "status": "running", "progress": progress}
+
+    with cli_output.JobBars("Class embeddings") as bars:
+        bars.update({"id": "job_1", "status": "queued", "queue_position": 2, "progress": {}})
+        for phase in ("features", "image_features"):
+            for completed in (0, 5, 10):
+                bars.update(job(phase, completed))
+        bars.finish()
+    lines = [line.split()[0] for line in shown.getvalue().splitlines()]
+    assert lines == ["Class", "features", "image", "done"]
+
+
+def test_job_bars_on_a_terminal_show_counts_and_what_is_left() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with cli_output.JobBars("Build", console) as bars:
+        progress = {"phase": "features", "completed": 40, "total": 80, "fraction": 0.5, "eta_s": 65}
+        bars.update({"status": "running", "progress": progress})
+        bars.finish()
+    assert "40/80" in out.getvalue()
+    assert "1 min 05 s left" in out.getvalue()
+
+
+def test_the_summary_tells_relation_and_reason(shown: io.StringIO) -> None:
+    row = {
+        "id": "es_1",
+        "name": "animals",
+        "n_seen": 14,
+        "n_unseen": 5,
+        "dim": 150,
+        "summary": {
+            "n_patches": 7200,
+            "n_images": 801,
+            "patches_per_s": 66.0,
+            "relation": {
+                "name": "smo",
+                "params": {"alpha": -1, "ridge": 0.03, "form": "fused"},
+                "chosen": {"reason": "Best on held-out classes."},
+            },
+            "clusters": {"summary": "All 150 clusters are used."},
+            "skipped_images": [{"filename": "a.jpg", "reason": "It is cut off."}],
+        },
+    }
+    cli_output.show_embedding_set(row)
+    text = " ".join(shown.getvalue().split())
+    assert "14 seen, 5 unseen" in text
+    assert "SMO, alpha -1, ridge 0.03, fused. Best on held-out classes." in text
+    assert "7,200 patches of 801 images (66 patches/s)" in text
+    assert "skipped a.jpg: It is cut off." in text
+
+
+def test_networks_are_told_by_their_files() -> None:
+    assert steps.network_of("mobilenet_v2-imagenet1k.fp16.safetensors") == "mobilenet_v2"
+    assert steps.network_of("resnet50-0676ba61.pth") == "resnet50"
+    assert steps.network_of("efficientnet_v2_s-dd5fe13b.pth") == "efficientnet_v2_s"
+    assert steps.network_of("mine.pth") is None
+    assert steps.Network(None, "scratch").params() == {"name": "small_cnn", "weights": "scratch"}
+
+
+def test_the_demo_plans_before_it_starts(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos", n=3)
+    plan = demo.plan_demo(folder)
+    assert plan.unseen == ("square_grey", "stripes_green", "stripes_blue")
+    assert plan.live == "stripes_blue"
+    assert set(plan.photos) == set(plan.unseen)
+    assert plan.knowledge.name == "attributes.npz"
+    assert demo.plan_demo(folder, unseen=["square_red"]).live is None
+    with pytest.raises(UnseenError, match="--backbone"):
+        demo.plan_demo(folder, weights="mine.pth")
+    (folder / "splits.json").unlink()
+    with pytest.raises(UnseenError, match="Which classes shall stay unseen"):
+        demo.plan_demo(folder)
+    (folder / "knowledge" / "attributes.npz").unlink()
+    with pytest.raises(UnseenError, match="--knowledge"):
+        demo.plan_demo(folder, unseen=["square_red"])
+
+
+# ---- the whole service -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
+    """All parts, started as `unseen serve` does."""
+    folder = tmp_path_factory.mktemp("service")
+    with LocalService(folder / "data") as service, Client(service.url) as client:
+        service.wait_until_ready(client)
+        yield service
+
+
+@pytest.mark.slow
+def test_demo_from_photos_to_predictions(service: LocalService, tmp_path: Path, shown: io.StringIO) -> None:
+    plan = demo.plan_demo(make_photos(tmp_path / "photos"), fast=True)
+    with Client(service.url) as client:
+        demo.play(client, plan)
+    text = shown.getvalue()
+    assert "What the unseen classes are made of" in text
+    assert "added live in" in text
+    assert text.count("✓") + text.count("✗") == 3
+    assert "33.3 %" in text  # chance of three
+    assert "raw knowledge vectors (attributes)" in text
+
+
+@pytest.mark.slow
+def test_embed_and_classify_against_a_service(service: LocalService, tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos")
+    out = tmp_path / "out.npz"
+    options = ["--knowledge", str(folder / "knowledge" / "attributes.npz"), "--weights", "scratch", "--clusters", "8"]
+    small = ["--patch-size", "32", "--set", "patches.n_patches=2", "--set", "clustering.epochs=2", "--relation", "smo"]
+    answer = unseen("embed", str(folder), *options, *small, "--url", service.url, "-o", str(out))
+    assert answer.returncode == 0, answer.stderr + answer.stdout
+    assert "Wrote 7 vectors" in answer.stdout
+    with np.load(out, allow_pickle=False) as stored:
+        assert len(stored["class_names"]) == 7
+    answer = unseen("embed", str(folder), *options, "--unseen", "stripes_pink", "--url", service.url, "-o", str(out))
+    assert answer.returncode == 1
+    assert "stripes_pink" in answer.stderr
+
+
+@pytest.mark.slow
+def test_serve_stops_on_sigint_and_refuses_a_second_start(service: LocalService, tmp_path: Path) -> None:
+    second = unseen("serve", "--data-dir", str(service.data_dir), "--port", str(free_port()))
+    assert second.returncode == 1
+    assert "already runs on" in second.stderr
+    own = LocalService(tmp_path / "data")
+    with own, Client(own.url) as client:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                client.version()
+                break
+            except UnseenError:
+                time.sleep(0.1)
+        assert own._process is not None
+        own._process.send_signal(signal.SIGINT)
+        assert own._process.wait(20) == 0
