@@ -30,7 +30,7 @@ from models.data.images import DEFAULT_LIMITS, decode_image
 from models.embedding.extraction import ImageFeatures, decoded_side, extract_features
 from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
-from workers.runtime import MALLOC_ENVIRONMENT, THREAD_ENVIRONMENT
+from service.core.process import COMPUTE_ENVIRONMENT
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -89,7 +89,7 @@ def measure_stages(args: argparse.Namespace) -> dict[str, float]:
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak resident MiB of fresh processes that extract 1x and 10x the images."""
     peaks: dict[str, float] = {}
-    environment = {**os.environ, **MALLOC_ENVIRONMENT, **THREAD_ENVIRONMENT}
+    environment = {**os.environ, **COMPUTE_ENVIRONMENT}
     for n_images in (args.memory_images, 10 * args.memory_images):
         command = [sys.executable, __file__, "--peak-of", str(n_images), "--images", str(args.images)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -24,18 +24,12 @@ from service.core.embedded import EmbeddedValkey, FolderLock
 from service.core.errors import ServiceError
 from service.core.logging import get_logger
 from service.core.migrations import upgrade
-from service.core.process import launch
+from service.core.process import COMPUTE_ENVIRONMENT, launch
 from service.core.settings import Settings
 
 _STOP_S = 3.0  # for each group of parts, so that all of them end within ten seconds
 _MAX_BACKOFF_S = 30.0
 _STEADY_S = 60.0  # a part that ran this long starts again without delay
-# See workers/__main__.py; given here so that neither process has to start twice.
-_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "67108864",
-}
 _log = get_logger(__name__)
 
 
@@ -66,10 +60,15 @@ def default_parts(settings: Settings) -> list[Part]:
     python = sys.executable
     api = [python, "-m", "service.cli", "api", "--host", settings.host, "--port", str(settings.port)]
     found = devices(settings.device)
-    inference = Part("inference", [python, "-m", "workers.inference"], {**_MALLOC, "UNSEEN_DEVICE": found[0]}, 0)
+    inference = Part(
+        "inference", [python, "-m", "workers.inference"], {**COMPUTE_ENVIRONMENT, "UNSEEN_DEVICE": found[0]}, 0
+    )
     workers = [
         Part(
-            f"worker-{i}" if len(found) > 1 else "worker", [python, "-m", "workers"], {**_MALLOC, "UNSEEN_DEVICE": d}, 1
+            f"worker-{i}" if len(found) > 1 else "worker",
+            [python, "-m", "workers"],
+            {**COMPUTE_ENVIRONMENT, "UNSEEN_DEVICE": d},
+            1,
         )
         for i, d in enumerate(found)
     ]

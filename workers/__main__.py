@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 from service.core.logging import configure_logging
 from service.core.migrations import upgrade
+from service.core.process import COMPUTE_ENVIRONMENT, restart_with
 from service.core.settings import Settings
-
-# glibc gives large blocks back to the kernel at once and asks for them again at the next step; a batch of images
-# then spends a third of its time on page faults. These keep them. Read at the start of a process only.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "67108864",
-}
 
 
 def main() -> None:
     """Starts the worker; returns after SIGTERM or SIGINT."""
     settings = Settings()
-    wanted = dict(MALLOC)
+    wanted = dict(COMPUTE_ENVIRONMENT)
     if settings.threads:
-        wanted |= {
-            name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        }
-    missing = {name: value for name, value in wanted.items() if name not in os.environ}
-    if missing:
-        os.execve(sys.executable, [sys.executable, "-m", "workers", *sys.argv[1:]], {**os.environ, **missing})
+        wanted |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads))
+    restart_with("workers", wanted)
     configure_logging(settings.log_level)
     _work(settings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,9 @@ def _compute(
     shard: list[ImageFeatures] = []
     done, n_rows = total - len(missing), 0
     context.progress(Progress(phase, done, total))
-    for result in extract_features(_sources(context, missing), backbone, patches, limits=limits):
+    n_threads = settings.threads or os.cpu_count() or 1
+    sources = _sources(context, missing)
+    for result in extract_features(sources, backbone, patches, limits=limits, n_threads=n_threads):
         if isinstance(result, ImageFailure):
             failures[result.key] = result.reason
         else:

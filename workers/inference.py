@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -27,8 +25,8 @@ from models.data.images import ImageLimits
 from models.errors import ModelError
 from service.core.errors import Invalid, ServiceError, Unavailable, problem_of
 from service.core.logging import configure_logging
+from service.core.process import COMPUTE_ENVIRONMENT, restart_with
 from service.core.settings import Settings
-from workers.__main__ import MALLOC
 from workers.engine import Engine, EngineBusy, ImageError
 from workers.library import Library
 from workers.runner import open_services
@@ -162,9 +160,7 @@ def create_inference_app(settings: Settings) -> Starlette:
 
 def main() -> None:
     """Listens where the settings say: a unix socket, or http://host:port."""
-    missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
-    if missing:
-        os.execve(sys.executable, [sys.executable, "-m", "workers.inference"], {**os.environ, **missing})
+    restart_with("workers.inference", COMPUTE_ENVIRONMENT)
     settings = Settings()
     configure_logging(settings.log_level)
     url = settings.inference_listen or settings.resolved_inference_url

@@ -12,18 +12,6 @@ import sys
 
 from models.errors import InvalidInput
 
-MALLOC_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-"""glibc settings for a process that runs networks on the CPU, to be set before it starts: large activations are
-reused instead of being mapped and faulted in again for every layer (a third of the time of a large batch)."""
-
-THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""Threads that wait for each other sleep instead of spinning: on a busy machine spinning takes the cores away from
-those that are waited for."""
-
 
 def choose_device(setting: str) -> str:
     """'cpu', 'cuda' or 'cuda:N' for a setting of 'auto', 'cpu', 'cuda' or 'cuda:N'; auto: a GPU where there is one.
