@@ -20,6 +20,9 @@ Matrix = NDArray[np.float64]
 TOLERANCE = 1e-12
 """Slack on bounds and multipliers, for vectors of about unit length."""
 
+BULK_ROUNDS, BULK_WIDTH = 6, 4
+"""The first rounds of the active set admit this many coefficients at once."""
+
 
 class BoxQP:
     """The shared part: `vectors` V (S, D) whose rows sum to zero, and `ridge` > 0."""
@@ -153,32 +156,36 @@ def _onto_box(point: Matrix, lower: float) -> Matrix:
 def _grow_supports(gram: Matrix, vectors: Matrix, targets: Matrix, ridge: float) -> tuple[NDArray[np.int64], Matrix]:
     """Exact simplex fits of all targets in step: supports (T, K) padded with S, and their weights (T, K).
 
-    Each round admits, for every unfinished target, the coefficient whose growth gains most, then moves to the optimum
-    on the support, dropping coefficients that would turn negative on the way.
+    Each round admits, for every unfinished target, the coefficients whose growth gains most, then moves to the optimum
+    on the support, dropping coefficients that would turn negative on the way. The first rounds admit several, which
+    saves rounds; later ones a single one, with which the objective falls strictly until the optimum.
     """
     n, n_targets = len(vectors), len(targets)
-    linear = targets @ vectors.T  # (T, S)
-    supports = np.argmin(np.diag(gram) / 2 - linear, axis=1)[:, None]
-    weights = np.ones((n_targets, 1))
     padded_gram, padded_vectors = np.pad(gram, (0, 1)), np.pad(vectors, ((0, 1), (0, 0)))
+    linear = targets @ padded_vectors.T  # (T, S + 1)
+    supports = np.argmin(np.diag(gram) / 2 - linear[:, :n], axis=1)[:, None]
+    weights = np.ones((n_targets, 1))
     open_rows = np.arange(n_targets)
-    for _ in range(3 * n + 10):
+    for number in range(3 * n + 10):
+        width = min(BULK_WIDTH, n) if number < BULK_ROUNDS else 1
         chosen, amounts = supports[open_rows], weights[open_rows]
-        fitted = np.einsum("tk,tkd->td", amounts, padded_vectors[chosen], optimize=True)
-        gradient = np.pad(fitted @ vectors.T - linear[open_rows], ((0, 0), (0, 1)))
-        np.put_along_axis(gradient, chosen, np.take_along_axis(gradient, chosen, 1) + ridge * amounts, axis=1)
-        level = np.sum(np.take_along_axis(gradient, chosen, 1) * amounts, axis=1)
-        gradient[:, n] = np.inf
+        relations = np.zeros((len(open_rows), n + 1))
+        np.put_along_axis(relations, chosen, amounts, axis=1)
+        gradient = (relations @ padded_vectors) @ padded_vectors.T - linear[open_rows]
+        own = np.take_along_axis(gradient, chosen, 1) + ridge * amounts
+        level = np.sum(own * amounts, axis=1, keepdims=True)
         np.put_along_axis(gradient, chosen, np.inf, axis=1)
-        entering = np.argmin(gradient, axis=1)
-        gain = level - gradient[np.arange(len(open_rows)), entering]
-        improving = gain > 10 * TOLERANCE
+        gradient[:, n] = np.inf
+        entering = np.argpartition(gradient, width - 1, axis=1)[:, :width]
+        gain = level - np.take_along_axis(gradient, entering, 1)
+        improving = (gain > 10 * TOLERANCE).any(axis=1)
         open_rows = open_rows[improving]
         if not len(open_rows):
             break
-        supports, weights = _with_free_column(supports, weights, n)
-        column = np.argmax(supports[open_rows] == n, axis=1)
-        supports[open_rows, column] = entering[improving]
+        entering = np.where(gain > 10 * TOLERANCE, entering, n)[improving]
+        supports, weights = _with_free_columns(supports, weights, n, width)
+        free = np.argsort(supports[open_rows] != n, axis=1, kind="stable")[:, :width]
+        supports[open_rows[:, None], free] = entering
         _settle(supports, weights, open_rows, padded_gram, linear)
     return supports, weights
 
@@ -187,7 +194,7 @@ def _settle(
     supports: NDArray[np.int64], weights: Matrix, rows: NDArray[np.int64], padded_gram: Matrix, linear: Matrix
 ) -> None:
     """Move `rows` of `weights` to the optimum on their supports, in place, dropping what reaches zero."""
-    n = linear.shape[1]
+    n = linear.shape[1] - 1
     while len(rows):
         optimum = _optimum_on_support(supports[rows], rows, padded_gram, linear)
         current = weights[rows]
@@ -208,20 +215,23 @@ def _optimum_on_support(
     chosen: NDArray[np.int64], rows: NDArray[np.int64], padded_gram: Matrix, linear: Matrix
 ) -> Matrix:
     """Weights that sum to one and are optimal without bounds on each support (T, K); padding gets 0."""
-    n = linear.shape[1]
+    n = linear.shape[1] - 1
     held = chosen < n
     square = padded_gram[chosen[:, :, None], chosen[:, None, :]]
     diagonal = np.arange(chosen.shape[1])
     square[:, diagonal, diagonal] += ~held
-    sides = np.stack([np.where(held, linear[rows[:, None], np.minimum(chosen, n - 1)], 0.0), held.astype(float)], -1)
+    sides = np.stack([np.where(held, linear[rows[:, None], chosen], 0.0), held.astype(float)], -1)
     solved = np.linalg.solve(square, sides)
     free, unit = solved[..., 0], solved[..., 1]
     level = (1 - free.sum(axis=1)) / unit.sum(axis=1)
     return np.asarray(free + level[:, None] * unit)
 
 
-def _with_free_column(supports: NDArray[np.int64], weights: Matrix, padding: int) -> tuple[NDArray[np.int64], Matrix]:
-    """Widen both by one padded column unless every row still has one."""
-    if (supports == padding).any(axis=1).all():
+def _with_free_columns(
+    supports: NDArray[np.int64], weights: Matrix, padding: int, width: int
+) -> tuple[NDArray[np.int64], Matrix]:
+    """Widen both until every row has `width` padded columns."""
+    missing = width - int((supports == padding).sum(axis=1).min())
+    if missing <= 0:
         return supports, weights
-    return np.pad(supports, ((0, 0), (0, 1)), constant_values=padding), np.pad(weights, ((0, 0), (0, 1)))
+    return np.pad(supports, ((0, 0), (0, missing)), constant_values=padding), np.pad(weights, ((0, 0), (0, missing)))
