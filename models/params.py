@@ -58,7 +58,7 @@ class ClusteringParams(Params):
     n_neighbors: int = Field(20, ge=1, le=1000, description="Nearest patches that must share a cluster (Eq. 2).")
     entropy_weight: float = Field(5.0, ge=0, le=1e4, description="lambda of L_pel (Eq. 3, 6).")
     class_weight: float = Field(1.0, ge=0, le=1e4, description="beta of L_cls (Eq. 4, 6); 0 leaves it out.")
-    semantic_weight: float = Field(1.0, ge=0, le=1e4, description="gamma of L_sem (Eq. 5, 6); 0 leaves it out.")
+    semantic_weight: float = Field(5.0, ge=0, le=1e4, description="gamma of L_sem (Eq. 5, 6); 0 leaves it out.")
     squared_semantic: bool = Field(False, description="Square the norm of Eq. 5.")
     double_softmax: bool = Field(False, description="Softmax on the class probabilities again, as Eq. 4 is printed.")
     head_input: Literal["assignment", "logits"] = Field(

@@ -24,7 +24,7 @@ def neighbour_loss(assignments: Rows, neighbours: Rows) -> float:
 def entropy_loss(assignments: Rows) -> float:
     """VGSE Eq. 3."""
     means = [sum(column) / len(assignments) for column in zip(*assignments, strict=True)]
-    return sum(mean * math.log(mean) for mean in means if mean > 0)
+    return math.fsum(mean * math.log(mean) for mean in means if mean > 0)
 
 
 def class_loss(logits: Rows, labels: Sequence[int], *, double_softmax: bool = False) -> float:

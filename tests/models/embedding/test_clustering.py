@@ -46,9 +46,9 @@ def test_class_embeddings_are_equations_7_and_8_of_its_own_assignments(
 def test_clusters_are_the_parts_that_patches_show(fitted: tuple[PatchClustering, PatchTable, FloatArray]) -> None:
     """Patches of one part share a cluster: classes with the same parts get similar vectors."""
     model, _, knowledge = fitted
-    vectors = model.class_embeddings_ - model.class_embeddings_.mean(axis=0)
+    vectors = model.class_embeddings_ - np.asarray(model.class_embeddings_.mean(axis=0))
     pairs = np.triu_indices(len(vectors), 1)
-    visual, semantic = np.corrcoef(vectors)[pairs], np.corrcoef(knowledge)[pairs]
+    visual, semantic = np.asarray(np.corrcoef(vectors))[pairs], np.asarray(np.corrcoef(knowledge))[pairs]
     assert np.corrcoef(visual, semantic)[0, 1] > 0.6
 
 

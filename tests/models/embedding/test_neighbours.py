@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import FloatArray, Progress
+from models.base import FloatArray, IntArray, Progress
 from models.embedding import neighbours as module
 from models.embedding.neighbours import NeighbourLists, nearest_neighbours
 from models.errors import Cancelled, InvalidInput, TooFewSamples
@@ -21,7 +21,7 @@ def _clustered(rows: int, dim: int, *, offset: float = 0.0, seed: int = 0) -> Fl
     return found
 
 
-def _brute_force(features: FloatArray, k: int) -> FloatArray:
+def _brute_force(features: FloatArray, k: int) -> IntArray:
     wide = features.astype(np.float64)
     distances = ((wide[:, None, :] - wide[None, :, :]) ** 2).sum(axis=2)
     np.fill_diagonal(distances, np.inf)
