@@ -86,7 +86,11 @@ class ClassEmbedder:
         A class that lies exactly on the mean of the seen ones has no direction in the centred form: zeros.
         """
         relations = self.relations(knowledge)
-        return self._in_form(relations @ self.seen_embeddings, knowledge), relations
+        return self.compose(relations, knowledge), relations
+
+    def compose(self, relations: Matrix, knowledge: FloatArray) -> Matrix:
+        """Vectors (U, E') of given relations (U, S); `embed` with the relations at hand already."""
+        return self._in_form(relations @ self.seen_embeddings, knowledge)
 
     def seen_vectors(self) -> Matrix:
         """The seen classes in the same form and length: (S, E')."""
