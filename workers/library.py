@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -28,48 +26,12 @@ from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE
 from workers.embedding import provenance
-from workers.engine import Resident
+from workers.model_cache import ModelCache, Parts, array_bytes, resident_parts
+from workers.predictions import Resident
 from workers.sources import open_backbone, open_knowledge, unpack
 from workers.training import CLASSES_FILE, EMBEDDER_FILES
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 CLASSIFIER_FILES = ("manifest.json", "model.safetensors")
-
-
-class Recent(Generic[Key, Value]):
-    """The `n` values used last, made on demand, each once however many threads ask."""
-
-    def __init__(self, n: int, make: Callable[[Key], Value]) -> None:
-        self._n = n
-        self._make = make
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-        self._lock = threading.Lock()
-        self._making: dict[Key, threading.Lock] = {}
-
-    def get(self, key: Key) -> Value:
-        """The value of `key`."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-            making = self._making.setdefault(key, threading.Lock())
-        with making:
-            with self._lock:
-                if key in self._values:
-                    return self._values[key]
-            value = self._make(key)
-            with self._lock:
-                self._values[key] = value
-                self._making.pop(key, None)
-                while len(self._values) > self._n:
-                    self._values.popitem(last=False)
-            return value
-
-    def keys(self) -> list[Key]:
-        """Keys of what is held, the one used last at the end."""
-        with self._lock:
-            return list(self._values)
 
 
 @dataclass(frozen=True)
@@ -108,20 +70,19 @@ class Library:
         self._store = store
         self._settings = settings
         self._device = device
-        self._knowledge: Recent[str, KnowledgeSource] = Recent(16, self._open_knowledge)
-        self._embedders: Recent[str, ClassEmbedder] = Recent(16, self._open_embedder)
-        self._classifiers: Recent[str, Resident] = Recent(8, self._open_classifier)
-        self._backbones: Recent[str, Any] = Recent(4, self._open_backbone)
+        self._cache: ModelCache[Any] = ModelCache(settings.max_resident_bytes, _parts)
         self._uses: dict[str, str] = {}  # digest of a backbone -> a classifier that was trained with it
-        self._tables: Recent[tuple[str, int], _ClassTable] = Recent(8, self._read_table)
 
     def resident_names(self) -> list[str]:
         """Ids of the classifiers held."""
-        return self._classifiers.keys()
+        return [key.removeprefix("classifier:") for key in self._cache.keys() if key.startswith("classifier:")]
 
     def lookup(self, knowledge_id: str, names: Sequence[str]) -> Lookup:
         """How names resolve in a knowledge source."""
-        return self._knowledge.get(knowledge_id).lookup(names)
+        source: KnowledgeSource = self._cache.get(
+            f"knowledge:{knowledge_id}", lambda: self._open_knowledge(knowledge_id)
+        )
+        return source.lookup(names)
 
     def relate(self, set_id: str, names: Sequence[str], relation: str | None = None) -> list[NewClass]:
         """Embeddings of new unseen classes; MissingKnowledge where their names do not resolve."""
@@ -129,7 +90,7 @@ class Library:
             row = repositories.get(session, EmbeddingSet, set_id)
         if row.status != "ready":
             raise Conflict(f"Embedding set {set_id!r} is {row.status}.")
-        embedder = self._embedders.get(set_id)
+        embedder: ClassEmbedder = self._cache.get(f"embedder:{set_id}", lambda: self._open_embedder(set_id))
         if relation is not None and relation != embedder.relation:
             embedder = dataclasses.replace(embedder, relation=relation)  # type: ignore[arg-type]
         knowledge = require(self.lookup(row.knowledge_id, names), field="class_names")
@@ -146,8 +107,12 @@ class Library:
             version = (
                 repositories.get(session, EmbeddingSet, row.embedding_set_id).version if row.embedding_set_id else 0
             )
-        resident = self._classifiers.get(classifier_id)
-        table = self._tables.get((classifier_id, version))
+        resident: Resident = self._cache.get(
+            f"classifier:{classifier_id}", lambda: self._open_classifier(classifier_id)
+        )
+        table: _ClassTable = self._cache.get(
+            f"classes:{classifier_id}:{version}", lambda: self._read_table(classifier_id)
+        )
         in_scope = {"all": np.ones_like(table.is_seen), "seen": table.is_seen, "unseen": ~table.is_seen}[scope]
         if class_names is None:
             chosen = np.flatnonzero(in_scope)
@@ -225,7 +190,7 @@ class Library:
         self._uses[digest] = classifier_id
         return Resident(
             classifier=model,
-            backbone=self._backbones.get(digest),
+            backbone=self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest)),
             size=row.metrics["image_size"],
             class_names=(),
             embeddings=np.zeros((0, 0), dtype=np.float32),
@@ -251,8 +216,7 @@ class Library:
             raise Conflict("The weights this classifier was trained with have changed on this server. Train it again.")
         return backbone
 
-    def _read_table(self, key: tuple[str, int]) -> _ClassTable:
-        classifier_id, _version = key
+    def _read_table(self, classifier_id: str) -> _ClassTable:
         with self._database.read() as session:
             row = repositories.get(session, Classifier, classifier_id)
             rows = repositories.classes_of(session, row.embedding_set_id) if row.embedding_set_id else []
@@ -278,3 +242,8 @@ def _rows(
     table: _ClassTable, chosen: np.ndarray[Any, Any]
 ) -> tuple[FloatArray, np.ndarray[Any, Any], dict[str, dict[str, Any]]]:
     return table.embeddings[chosen], table.is_seen[chosen], table.provenance
+
+
+def _parts(value: Any) -> Parts:
+    """What the cache counts a value as: a classifier shares its backbone with others, everything else stands alone."""
+    return resident_parts(value) if isinstance(value, Resident) else {id(value): array_bytes(value)}

@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     max_classify_images: int = Field(64, ge=1, description="Most images of one synchronous classify request.")
     request_timeout_s: float = Field(120.0, gt=0, description="Longest a request's body may take to arrive.")
     inference_timeout_s: float = Field(60.0, gt=0, description="Longest the API waits for the inference process.")
+    max_resident_bytes: int = Field(4 * 2**30, ge=1, description="Most bytes of models the inference process keeps.")
     max_attempts: int = Field(3, ge=1, le=100, description="Times a job is tried before it fails for good.")
     heartbeat_s: float = Field(3.0, gt=0, description="Interval between signs of life of workers and jobs.")
     lost_after_s: float = Field(15.0, gt=0, description="Silence after which a worker or job counts as lost.")
