@@ -59,9 +59,11 @@ class ESZSL(ZeroShotModel):
     method: ClassVar[str] = "eszsl"
     params_class: ClassVar[type[Params]] = ESZSLParams
     params: ESZSLParams
+    _solved: tuple[Rows, _Spectrum] | None = None
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
-        spectrum = _decompose(train)
+        spectrum = self._spectrum_of(train)
+        self._solved = None  # as large as the features' covariance: not kept with the model
         setting = setting or {"relative_gamma": _DEFAULT, "relative_lambda": _DEFAULT}
         x_mean, a_mean = spectrum.scales()
         gamma = self.params.gamma if self.params.gamma is not None else setting["relative_gamma"] * x_mean
@@ -76,7 +78,7 @@ class ESZSL(ZeroShotModel):
     def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
         if self.params.gamma is not None and self.params.lamda is not None:
             return []
-        spectrum = _decompose(train)
+        spectrum = self._spectrum_of(train)
         x_mean, a_mean = spectrum.scales()
         # In the bases P and Q, every pair of the grid costs one thin product instead of a new W.
         features = validation.features.astype(np.float64) @ spectrum.x_vectors
@@ -92,6 +94,12 @@ class ESZSL(ZeroShotModel):
                 Progress("choosing", i + 1, len(_GRID), {"validation_t1": max(e["validation_t1"] for e in history)})
             )
         return history
+
+    def _spectrum_of(self, train: Rows) -> _Spectrum:
+        """Decomposed once for `_try_settings` and the `_learn` with the same rows that follows it."""
+        if self._solved is None or self._solved[0] is not train:
+            self._solved = (train, _decompose(train))
+        return self._solved[1]
 
     def _pick(self, tried: list[History]) -> Setting:
         t1 = np.mean([[entry["validation_t1"] for entry in history] for history in tried], axis=0)
