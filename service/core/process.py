@@ -74,7 +74,11 @@ def is_dead(host: str, pid: int) -> bool:
         return True
     except PermissionError:
         return False
-    return False
+    try:  # a zombie still has its pid
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in "ZX"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from service.core.db import Database
 from service.core.queue import JobQueue
 from service.core.settings import Settings
 from tests.workers.harness import WorkerProcess, World
+from tests.workers.zygote import Zygote
 
 
 @pytest.fixture
@@ -18,13 +19,21 @@ def world(settings: Settings, database: Database, queue: JobQueue) -> World:
     return World(settings, database, queue)
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """What workers are forked from."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
 @pytest.fixture
-def start_worker(world: World) -> Iterator[Callable[[], WorkerProcess]]:
+def start_worker(world: World, zygote: Zygote) -> Iterator[Callable[[], WorkerProcess]]:
     """Starts workers; all of them are gone after the test."""
     started: list[WorkerProcess] = []
 
     def start() -> WorkerProcess:
-        started.append(WorkerProcess(world))
+        started.append(WorkerProcess(world, zygote))
         return started[-1]
 
     yield start

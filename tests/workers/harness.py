@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from service.core.process import host_id
 from service.core.queue import JobQueue
 from service.core.reconciler import Reconciler
 from service.core.settings import Settings
+from tests.workers.zygote import ROOT, Forked, Zygote
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["ROOT", "WorkerProcess", "World", "is_alive", "reconciling", "wait_until"]
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
@@ -91,15 +90,10 @@ class World:
 class WorkerProcess:
     """One worker in a process of its own."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, zygote: Zygote) -> None:
         before = {row.id for row in world.workers()}
-        environment = {**os.environ, **world.settings.to_environment()}
         self.log = world.settings.data_dir / f"worker-{time.monotonic_ns()}.log"
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.workers.toy_worker"],
-                cwd=ROOT, env=environment, stdout=output, stderr=output,
-            )  # fmt: skip
+        self.process = Forked(zygote, world.settings.to_environment(), self.log)
         wait_until(lambda: {row.id for row in world.workers()} - before)
 
     @property
@@ -113,8 +107,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Leaves nothing running."""
-        with suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:

@@ -111,7 +111,7 @@ def test_sigterm_hands_the_job_back_without_costing_an_attempt(world: World, sta
     job_id = world.add("count", {"n": 300})
     horse = world.began(job_id)
     first.kill(signal.SIGTERM)
-    assert first.process.wait(10) == 0
+    assert first.process.wait(30) == 0
     assert not is_alive(horse)
     job = world.job(job_id)
     assert (job.status, job.attempts) == ("queued", 0)
@@ -127,8 +127,8 @@ def test_an_idle_worker_leaves_at_once(start_worker: StartWorker) -> None:
     time.sleep(0.3)
     began = time.monotonic()
     worker.kill(signal.SIGINT)
-    assert worker.process.wait(10) == 0
-    assert time.monotonic() - began < 3
+    assert worker.process.wait(30) == 0
+    assert time.monotonic() - began < 10  # it would wait for a message for 15 s
 
 
 def test_forged_messages_run_nothing(world: World, start_worker: StartWorker, tmp_path: Path) -> None:

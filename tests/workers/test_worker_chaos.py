@@ -14,6 +14,7 @@ from service.core.embedded import EmbeddedValkey
 from service.core.queue import JobQueue, connect
 from service.core.settings import Settings
 from tests.workers.harness import WorkerProcess, World, is_alive, reconciling, wait_until
+from tests.workers.zygote import Zygote
 
 StartWorker = Callable[[], WorkerProcess]
 MODERATE = {"n": 60, "pause_s": 0.02}
@@ -90,8 +91,8 @@ def own_world(own_valkey: EmbeddedValkey, settings: Settings, database: Database
 
 
 @pytest.mark.parametrize("wipe", [False, True], ids=["data kept", "data lost"])
-def test_valkey_dies_during_a_job(own_world: World, own_valkey: EmbeddedValkey, wipe: bool) -> None:
-    worker = WorkerProcess(own_world)
+def test_valkey_dies_during_a_job(own_world: World, own_valkey: EmbeddedValkey, zygote: Zygote, wipe: bool) -> None:
+    worker = WorkerProcess(own_world, zygote)
     try:
         with reconciling(own_world):
             running = own_world.add("count", {"n": 100, "pause_s": 0.02})
