@@ -1,10 +1,10 @@
 """Which class relation, chosen on seen classes that play unseen; never on test rows.
 
 No relation is best everywhere: where SMO with alpha = -1 wins on one set, it overfits on another, on which an average
-of neighbours is ahead. Groups of seen classes are held out in turn, each candidate
-composes them of the remaining ones, and a closed-form compatibility (ESZSL's) on image features tells how well their
-images are then recognised. The unit of the statistics is the class: a candidate has to beat the preferred ones by
-more than one standard error over classes, since a lucky draw of three classes moves T1 by tens of percent.
+of neighbours is ahead. Groups of seen classes are held out in turn, each candidate composes them of the remaining ones,
+and a closed-form compatibility (ESZSL's) on image features tells how well their images are then recognised. The unit of
+the statistics is the class: a candidate has to beat the preferred ones by more than one standard error over classes,
+since a lucky draw of three classes moves T1 by tens of percent.
 """
 
 from __future__ import annotations
