@@ -1,0 +1,51 @@
+"""`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
+
+Without names: those that take minutes. `vgse` needs a running service and takes an hour or more, so it must be named.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE / "out"
+SHORT = ("smo", "knowledge", "extraction")
+ALL = (*SHORT, "vgse")
+
+
+def machine() -> str:
+    """Processor and versions, for the head of a result."""
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "numpy", "scikit-image"))
+    return f"{model}, Python {platform.python_version()}, {versions}"
+
+
+def main() -> int:
+    """Runs what is named, one after the other; the exit code is the number of those that failed."""
+    names = sys.argv[1:] or list(SHORT)
+    unknown = [name for name in names if name not in ALL]
+    if unknown:
+        print(f"There is no benchmark {unknown[0]!r}; there are {', '.join(ALL)}.", file=sys.stderr)
+        return 2
+    OUT.mkdir(exist_ok=True)
+    print(machine())
+    n_failed = 0
+    for name in names:
+        print(f"== {name}", flush=True)
+        with (OUT / f"{name}.txt").open("w") as log:
+            command = [sys.executable, str(HERE / f"{name}.py")]
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE.parent, check=False)
+        print((OUT / f"{name}.txt").read_text())
+        n_failed += done.returncode != 0
+    return n_failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
