@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -195,6 +197,7 @@ def run_module(module: str, settings: Settings) -> None:
 
 def main() -> None:
     """Entry point: expected errors are one message on stderr and exit code 1; wrong usage is 2."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that what was started is stopped in order, as with Ctrl-C
     try:
         app()
     except ValidationError as error:
@@ -210,6 +213,10 @@ def main() -> None:
     else:
         return
     sys.exit(1)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

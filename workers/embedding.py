@@ -42,7 +42,7 @@ MAX_REPORTED = 1000
 N_CONTRIBUTIONS = 5
 FIT_FORMAT = 1  # grows when the same inputs would give another fit
 PHASES = [
-    ("backbone", 0.02),
+    ("backbone", 0.02),  # see `phases`
     ("features", 0.62),
     ("image_features", 0.08),
     ("neighbours", 0.04),
@@ -81,7 +81,7 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     inputs = _read_inputs(context)
     seed_everything(inputs.params.seed)
     device = choose_device(context.settings.device)
-    context.progress.set_phases(PHASES)
+    context.progress.set_phases(phases(inputs.params))
     source = open_knowledge(inputs.knowledge, context.store, context.settings)
     vectors = require(source.lookup([*inputs.seen, *inputs.unseen]), field="unseen_classes")
     knowledge_seen, knowledge_unseen = vectors[: len(inputs.seen)], vectors[len(inputs.seen) :]
