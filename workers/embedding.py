@@ -154,6 +154,12 @@ def _fit_key(inputs: Inputs, tables: Tables, knowledge: FloatArray) -> str:
     return f"fitted-{digest.hexdigest()}"
 
 
+def phases(params: EmbeddingSetParams) -> list[tuple[str, float]]:
+    """Expected shares of the time; training a network takes longer than everything that is done with it."""
+    is_trained = params.backbone.weights == "scratch"
+    return [(name, 1.5 if is_trained and name == "backbone" else share) for name, share in PHASES]
+
+
 def _publisher(
     inputs: Inputs,
     tables: Tables,
