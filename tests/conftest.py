@@ -138,8 +138,12 @@ def start_api(valkey: EmbeddedValkey, tmp_path_factory: pytest.TempPathFactory) 
         api.close()
 
 
-def _start_api(folder: Path, redis_url: str, **settings: Any) -> LiveApi:
+def _start_api(folder: Path, valkey_url: str, **settings: Any) -> LiveApi:
+    import structlog
+
     from service.core.settings import Settings
     from tests.service.harness import LiveApi
 
-    return LiveApi(Settings(**{"data_dir": folder / "data", "redis_url": redis_url, "reconcile_s": 0.2, **settings}))
+    # By default every traceback is drawn with all its variables, which takes longer than the tests.
+    structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
+    return LiveApi(Settings(**{"data_dir": folder / "data", "redis_url": valkey_url, "reconcile_s": 0.2, **settings}))

@@ -24,8 +24,6 @@ from service.deps import Parts
 from service.schemas import JobOut
 from tests.fakes import FakeInference
 
-Vector = np.ndarray[Any, np.dtype[np.float32]]
-
 
 class Server:
     """uvicorn in a thread."""
@@ -116,7 +114,7 @@ class LiveApi:
                 row.job_id = jobs.create_job(session, "index_knowledge", row.id, {}).id
         return row.id
 
-    def embedding_set(self, vectors: Mapping[str, Vector], unseen: tuple[str, ...] = (), **fields: Any) -> str:
+    def embedding_set(self, vectors: Mapping[str, Any], unseen: tuple[str, ...] = (), **fields: Any) -> str:
         """An embedding set with these vectors, as its job would leave it."""
         dataset_id, knowledge_id = fields.pop("dataset_id", None) or self.dataset(), self.knowledge()
         dim = len(next(iter(vectors.values()))) if vectors else None

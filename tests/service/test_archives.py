@@ -155,8 +155,15 @@ def test_features_fill_an_empty_dataset(live_api: LiveApi) -> None:
     out = io.BytesIO()
     features = np.arange(24, dtype=np.float32).reshape(6, 4)
     names = np.array(["cat", "cat", "dog", "dog", "zebra", "zebra"])
-    rows = {"train_rows": [0, 2], "test_seen_rows": [1, 3], "test_unseen_rows": [4, 5]}
-    np.savez(out, features=features, labels=names, **{name: np.array(values) for name, values in rows.items()})
+    train, test_seen, test_unseen = np.array([0, 2]), np.array([1, 3]), np.array([4, 5])
+    np.savez(
+        out,
+        features=features,
+        labels=names,
+        train_rows=train,
+        test_seen_rows=test_seen,
+        test_unseen_rows=test_unseen,
+    )
     dataset_id = live_api.dataset()
     url = f"/v1/datasets/{dataset_id}/features"
     job = finish(live_api, live_api.client.post(url, files={"features": ("f.npz", out.getvalue())}).json()["id"])
