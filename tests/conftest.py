@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,5 +146,8 @@ def _start_api(folder: Path, valkey_url: str, **settings: Any) -> LiveApi:
     from tests.service.harness import LiveApi
 
     # By default every traceback is drawn with all its variables, which takes longer than the tests.
-    structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+    )
     return LiveApi(Settings(**{"data_dir": folder / "data", "redis_url": valkey_url, "reconcile_s": 0.2, **settings}))

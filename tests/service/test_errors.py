@@ -11,7 +11,7 @@ from service.app import create_app
 from service.core.settings import Settings
 from tests.service.harness import LiveApi, problem
 
-DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
+DOCUMENT: dict[str, Any] = create_app(Settings(host="127.0.0.1", api_keys="")).openapi()
 OPERATIONS = [
     (method.upper(), path, operation)
     for path, operations in DOCUMENT["paths"].items()

@@ -12,7 +12,7 @@ from service.core.settings import Settings
 from service.openapi import document_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-LIVE = document_bytes(create_app(Settings()))
+LIVE = document_bytes(create_app(Settings(host="127.0.0.1", api_keys="")))
 DOCUMENT: dict[str, Any] = json.loads(LIVE)
 
 
