@@ -75,7 +75,7 @@ class Library:
 
     def resident_names(self) -> list[str]:
         """Ids of the classifiers held."""
-        return [key.removeprefix("classifier:") for key in self._cache if key.startswith("classifier:")]
+        return [key.removeprefix("classifier:") for key in self._cache.names() if key.startswith("classifier:")]
 
     def lookup(self, knowledge_id: str, names: Sequence[str]) -> Lookup:
         """How names resolve in a knowledge source."""

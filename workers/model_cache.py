@@ -55,7 +55,7 @@ class ModelCache(Generic[V]):
         with self._lock:
             self._values.pop(key, None)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """What is held, the one used last at the end."""
         with self._lock:
             return list(self._values)

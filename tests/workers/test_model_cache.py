@@ -23,10 +23,10 @@ def test_least_recently_used_goes_first_and_only_when_needed() -> None:
         cache.get(key, lambda key=key: (key, 30))  # type: ignore[misc]
     cache.get("a", lambda: pytest.fail("held already"))
     cache.get("d", lambda: ("d", 30))
-    assert cache.keys() == ["c", "a", "d"]
+    assert cache.names() == ["c", "a", "d"]
     assert cache.n_bytes == 90
     cache.get("big", lambda: ("big", 500))
-    assert cache.keys() == ["big"]
+    assert cache.names() == ["big"]
     cache.drop("big")
     assert cache.n_bytes == 0
 
@@ -37,7 +37,7 @@ def test_shared_part_counts_once() -> None:
     cache.get("one", lambda: (shared, one))
     assert cache.n_bytes == 80
     cache.get("two", lambda: (shared, two))  # 120 with the shared part once: one goes
-    assert cache.keys() == ["two"]
+    assert cache.names() == ["two"]
 
 
 def test_many_threads_make_a_value_once_and_a_failure_is_tried_again() -> None:
