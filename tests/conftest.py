@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ def settings(tmp_path: Path, valkey: EmbeddedValkey) -> Settings:
         data_dir=tmp_path / "data",
         database_url=os.environ.get("UNSEEN_TEST_POSTGRES_URL", ""),
         redis_url=valkey.url,
+        queue=f"test-{secrets.token_hex(4)}",
         heartbeat_s=0.2,
         lost_after_s=1.5,
         reconcile_s=0.2,
