@@ -15,6 +15,7 @@ from rich.table import Table
 from service.client import Client
 from service.client_http import Json
 
+LONG_NAME = 30
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 
@@ -158,10 +159,10 @@ def share(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def contributions(provenance: Json, n: int = 3) -> str:
-    """The seen classes that make up an unseen one: '0.42 wolf, 0.31 deer'."""
+def contributions(provenance: Json, n: int = 3) -> list[str]:
+    """The seen classes that make up an unseen one: ['+0.42 wolf', '-0.31 deer']."""
     found = (provenance or {}).get("contributions") or []
-    return ", ".join(f"{entry['coefficient']:+.2f} {readable(entry['class_name'])}" for entry in found[:n])
+    return [f"{entry['coefficient']:+.2f} {readable(entry['class_name'])}" for entry in found[:n]]
 
 
 def show_embedding_set(row: Json) -> None:
@@ -210,9 +211,26 @@ def relation(summary: Json) -> str:
 
 def show_contributions(rows: Sequence[Json]) -> None:
     """Each unseen class with the seen classes it is composed of."""
-    table = Table(title="What the unseen classes are made of", title_justify="left", box=None, pad_edge=False)
-    table.add_column("unseen class", no_wrap=True)
-    table.add_column("seen classes that contribute most")
-    for row in rows:
-        table.add_row(escape(readable(row["name"])), escape(contributions(row["provenance"])))
+    show_named_lists(
+        "What the unseen classes are made of",
+        ("unseen class", "seen classes that contribute most"),
+        [("", row["name"], contributions(row["provenance"])) for row in rows],
+    )
+
+
+def show_named_lists(title: str, heads: tuple[str, str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> None:
+    """Rows of (mark in rich's markup, name, items): as a table, or where names are long, one item a line."""
+    if any(len(name) > LONG_NAME for _, name, _ in rows):
+        console.print(title, style="italic")
+        for mark, name, items in rows:
+            console.print(f"{mark} [bold]{escape(readable(name))}[/]".strip(), soft_wrap=True)
+            for item in items:
+                console.print(f"    {escape(item)}", soft_wrap=True)
+        return
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for head in (*([""] if any(mark for mark, _, _ in rows) else []), *heads):
+        table.add_column(head)
+    for mark, name, items in rows:
+        cells = [escape(readable(name)), escape(", ".join(items))]
+        table.add_row(*([mark] if mark else []), *cells)
     console.print(table)

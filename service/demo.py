@@ -20,6 +20,7 @@ from service.cli_output import (
     share,
     show_contributions,
     show_embedding_set,
+    show_named_lists,
 )
 from service.client import Client, UnseenError
 from service.client_http import Json
@@ -163,7 +164,7 @@ def add_live(client: Client, set_id: str, name: str) -> None:
     took_ms = 1000 * (time.perf_counter() - started)
     console.print(
         f"\nA new class, added live in {took_ms:.0f} ms: [bold]{escape(readable(name))}[/] = "
-        f"{escape(contributions(added['provenance']))}",
+        f"{escape(', '.join(contributions(added['provenance'])))}",
         soft_wrap=True,
     )
 
@@ -198,16 +199,14 @@ def show_predictions(client: Client, plan: Plan, classifier_id: str) -> None:
     names = list(plan.photos)
     photos = [plan.photos[name] for name in names]
     answer = client.classify(photos, classifier_id=classifier_id, scope="unseen", top_k=TOP_K)
-    table = Table(title="One photo of each unseen class", title_justify="left", box=None, pad_edge=False)
-    for title in ("right answer", "", "first guess", "second", "third"):
-        table.add_column(title)
+    rows = []
     for name, row in zip(names, answer["data"], strict=True):
-        guesses = [f"{readable(p['label'])} {p['score']:.2f}" for p in row["predictions"]]
         is_right = bool(row["predictions"]) and row["predictions"][0]["label"] == name
-        mark = "[green]✓[/]" if is_right else "[red]✗[/]"
-        cells = [escape(text) for text in (guesses + [""] * TOP_K)[:TOP_K]]
-        table.add_row(escape(readable(name)), mark, *cells)
-    console.print(table)
+        guesses = [f"{p['score']:.2f} {readable(p['label'])}" for p in row["predictions"]]
+        rows.append(("[green]✓[/]" if is_right else "[red]✗[/]", name, guesses or [str(row["error"])]))
+    n_right = sum("green" in mark for mark, _, _ in rows)
+    title = f"One photo of each unseen class: {n_right} of {len(rows)} recognised among the unseen classes"
+    show_named_lists(title, ("right answer", f"best {TOP_K} guesses"), rows)
 
 
 def show_accuracy(ours: Json, raw: Json, n_unseen: int, knowledge: str) -> None:
