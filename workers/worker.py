@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,6 +43,7 @@ from workers.vitals import Vitals
 RunInHorse = Callable[[str, str], object]
 """Runs a job to its end in the child: `run(job_id, worker_id)`. It opens its own database and Redis connections."""
 
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 5.0
 REFUSED_KEY = "unseen:refused"
 _log = get_logger(__name__)
 
@@ -67,7 +67,7 @@ def refusal(message: Message) -> str | None:
 class JobWorker(Worker):
     """One worker on exactly one queue."""
 
-    max_connection_wait_time = 5.0
+    max_connection_wait_time = _MAX_PAUSE_S
 
     def __init__(self, services: Services, run: RunInHorse, vitals: Vitals) -> None:
         self._services = services
@@ -93,6 +93,14 @@ class JobWorker(Worker):
         """Registers in Redis, over what an earlier connection of the same process may have left there."""
         self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
+
+    def teardown(self) -> None:
+        """Leaves Redis, also when it is away: a listener that stayed would come back with it."""
+        if self.pubsub_thread is not None:
+            self.pubsub_thread.stop()
+        for leave in (self.register_death, self.unsubscribe):
+            with suppress(redis.exceptions.RedisError):
+                leave()  # type: ignore[no-untyped-call]
 
     def run_maintenance_tasks(self) -> None:
         """Nothing: the reconciler looks after lost jobs, and RQ's own way would run callbacks named in Redis."""
@@ -237,25 +245,29 @@ def serve(services: Services, run: RunInHorse, device: str = "cpu") -> None:
         stopping = True
         raise StopRequested
 
-    pause_s = 0.25
-    with Vitals(services, new_worker_id(), device) as vitals:
+    def listen() -> None:
+        """Until a signal, or until RQ leaves its loop because Redis went away."""
+        nonlocal stopping
+        worker = JobWorker(services, run, vitals)
+        try:
+            worker.work(logging_level=None)
+        finally:
+            stopping = stopping or worker.is_stopping
+            signal.signal(signal.SIGTERM, stop)
+            signal.signal(signal.SIGINT, stop)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    pause_s = _MIN_PAUSE_S
+    with Vitals(services, new_worker_id(), device) as vitals, suppress(StopRequested):
         while not stopping:
             began = time.monotonic()
             try:
-                signal.signal(signal.SIGTERM, stop)
-                signal.signal(signal.SIGINT, stop)
-                worker = JobWorker(services, run, vitals)
-                worker.work(logging_level=None)
-                stopping = worker.is_stopping or stopping
-                # RQ also leaves its loop when Redis goes away.
-                pause_s = 0.25 if time.monotonic() - began > 10 else min(pause_s * 2, 5.0)
-                if not stopping:
-                    _log.warning("worker_loop_left", again_in_s=pause_s)
-                    threading.Event().wait(pause_s)
-            except StopRequested:
-                break
+                listen()
             except redis.exceptions.RedisError as error:
-                _log.warning("redis_unreachable", error=type(error).__name__, again_in_s=pause_s)
-                with suppress(StopRequested):
-                    time.sleep(pause_s)
-                pause_s = min(pause_s * 2, 5.0)
+                _log.warning("redis_unreachable", error=type(error).__name__)
+            if not stopping:
+                is_steady = time.monotonic() - began > 10
+                pause_s = _MIN_PAUSE_S if is_steady else min(pause_s * 2, _MAX_PAUSE_S)
+                _log.warning("worker_loop_left", again_in_s=pause_s)
+                time.sleep(pause_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -37,5 +38,6 @@ def start_worker(world: World, zygote: Zygote) -> Iterator[Callable[[], WorkerPr
         return started[-1]
 
     yield start
-    for worker in started:
-        worker.close()
+    with ExitStack() as stack:  # every one of them, whatever happens to the others
+        for worker in started:
+            stack.callback(worker.close)

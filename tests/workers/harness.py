@@ -108,8 +108,9 @@ class WorkerProcess:
     def close(self) -> None:
         """Leaves nothing running."""
         self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGCONT)
         try:
-            self.process.wait(10)
+            self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
 
 from service.core.db import Database
 from service.core.embedded import EmbeddedValkey
 from service.core.queue import JobQueue, connect
 from service.core.settings import Settings
+from service.core.tables import Job
 from tests.workers.harness import WorkerProcess, World, is_alive, reconciling, wait_until
 from tests.workers.zygote import Zygote
 
@@ -53,8 +59,7 @@ def test_a_frozen_worker_loses_its_job_and_cannot_write_when_it_thaws(world: Wor
     first = start_worker()
     job_id = world.add("count", MODERATE)
     horse = world.began(job_id)
-    os.kill(first.pid, signal.SIGSTOP)
-    os.kill(horse, signal.SIGSTOP)
+    freeze(world, job_id, (first.pid, horse))
     start_worker()
     try:
         with reconciling(world):
@@ -70,6 +75,32 @@ def test_a_frozen_worker_loses_its_job_and_cannot_write_when_it_thaws(world: Wor
     wait_until(lambda: not is_alive(horse))
     again = world.add("count", {"n": 1})
     assert world.ended(again).status == "succeeded"
+
+
+def freeze(world: World, job_id: str, pids: tuple[int, ...]) -> None:
+    """Stops the processes at a moment when none of them is in a transaction, which would lock the row for all."""
+    while True:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        if not is_locked(world, job_id):
+            return
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.05)
+
+
+def is_locked(world: World, job_id: str) -> bool:
+    address = world.database.engine.url
+    try:
+        if address.drivername.startswith("sqlite"):
+            with closing(sqlite3.connect(str(address.database), timeout=0.2)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        else:
+            with world.database.write() as session:
+                session.execute(select(Job).where(Job.id == job_id).with_for_update(nowait=True))
+    except (sqlite3.OperationalError, DBAPIError):
+        return True
+    return False
 
 
 @pytest.fixture
@@ -98,6 +129,7 @@ def test_valkey_dies_during_a_job(own_world: World, own_valkey: EmbeddedValkey, 
             running = own_world.add("count", {"n": 100, "pause_s": 0.02})
             waiting = [own_world.add("count", {"n": 2}) for _ in range(3)]
             own_world.began(running)
+            n_threads = count_threads(worker.pid)
             assert own_valkey.pid is not None
             os.kill(own_valkey.pid, signal.SIGKILL)
             wait_until(lambda: not own_valkey.is_running())
@@ -112,8 +144,13 @@ def test_valkey_dies_during_a_job(own_world: World, own_valkey: EmbeddedValkey, 
                 assert (job.status, job.attempts, own_world.effect(job_id)) == ("succeeded", 1, "1")
         assert own_world.effect(running) == "1"
         assert worker.process.poll() is None
+        wait_until(lambda: count_threads(worker.pid) <= n_threads)  # no listener is left from before
     finally:
         worker.close()
+
+
+def count_threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def test_a_wiped_queue_is_filled_again(world: World, start_worker: StartWorker) -> None:
@@ -135,7 +172,7 @@ def test_a_message_lost_between_queue_and_worker_comes_back(world: World, start_
     with reconciling(world):
         assert world.ended(job_id).status == "succeeded"
     assert len(world.runs(job_id)) == 1
-    assert world.queue.in_hand() == []
+    wait_until(lambda: world.queue.in_hand() == [])
 
 
 def test_delivered_many_times_a_job_runs_once(world: World, start_worker: StartWorker) -> None:
