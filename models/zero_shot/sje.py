@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from models.base import FloatArray, OnProgress, Progress
 from models.params import Params, SJEParams
-from models.zero_shot.base import History, Setting, ZeroShotModel, mean_history
+from models.zero_shot.base import History, Setting, ZeroShotModel
 from models.zero_shot.folds import Rows
 from models.zero_shot.scaling import Scaling
 
@@ -55,7 +55,7 @@ class SJE(ZeroShotModel):
         return history
 
     def _pick(self, tried: list[History]) -> Setting:
-        return {"epoch": float(best_epoch([entry["validation_t1"] for entry in mean_history(tried)]))}
+        return {"epoch": float(choose_epoch([[entry["validation_t1"] for entry in history] for history in tried]))}
 
     def _epochs(self, train: Rows, epochs: int) -> Iterator[dict[str, float]]:
         """Train; after each epoch its number and loss."""
@@ -106,10 +106,31 @@ class SJE(ZeroShotModel):
         return self.params.normalize
 
 
+def smoothed(t1: Sequence[float]) -> list[float]:
+    """Each epoch's `t1` averaged with its two neighbours a side: one lucky epoch cannot win."""
+    return [float(np.mean(t1[max(0, i - 2) : i + 3])) for i in range(len(t1))]
+
+
 def best_epoch(t1: Sequence[float]) -> int:
-    """The epoch, from 1, with the highest `t1` averaged with its two neighbours a side; ties: earliest."""
-    smooth = [float(np.mean(t1[max(0, i - 2) : i + 3])) for i in range(len(t1))]
-    return int(np.argmax(np.round(smooth, 9))) + 1
+    """The epoch, from 1, with the highest smoothed `t1`; ties: the earliest."""
+    return int(np.argmax(np.round(smoothed(t1), 9))) + 1
+
+
+def choose_epoch(folds: Sequence[Sequence[float]]) -> int:
+    """The earliest epoch, from 1, that the folds' T1 cannot tell from the best: within one standard error of it.
+
+    Longer training only fits seen classes more closely, so the curve is flat where unseen ones already lose (Breiman's
+    one-standard-error rule, on the paired differences of the folds). A single fold: its best epoch. A fold that
+    stopped early stays where it was.
+    """
+    longest = max(len(t1) for t1 in folds)
+    curves = np.array([np.pad(smoothed(t1), (0, longest - len(t1)), mode="edge") for t1 in folds])  # (folds, epochs)
+    best = int(np.argmax(np.round(curves.mean(axis=0), 9)))
+    if len(folds) == 1:
+        return best + 1
+    behind = curves[:, best : best + 1] - curves  # (folds, epochs)
+    error = behind.std(axis=0, ddof=1) / np.sqrt(len(folds))
+    return int(np.flatnonzero(behind.mean(axis=0) <= error + 1e-9)[0]) + 1
 
 
 def compatibility_loss(scores: Tensor, labels: Tensor, kind: str) -> Tensor:

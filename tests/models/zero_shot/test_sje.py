@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.params import SJEParams
-from models.zero_shot.sje import SJE, best_epoch, compatibility_loss
+from models.zero_shot.sje import SJE, best_epoch, choose_epoch, compatibility_loss
 from tests.models.zero_shot.made_up import made_up
 
 SCORES = [[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]]
@@ -75,10 +75,20 @@ def test_best_epoch_is_smoothed_and_takes_the_earliest_of_equals() -> None:
     assert best_epoch([0.5] * 6) == 1
 
 
+def test_epoch_over_folds_is_the_earliest_within_one_standard_error() -> None:
+    rising = [0.1 * i for i in range(1, 9)]
+    assert choose_epoch([rising]) == best_epoch(rising) == 8
+    assert choose_epoch([rising, rising]) == 8  # all folds agree: no error to hide in
+    flat = [0.2, 0.2, *[0.6] * 8]
+    noisy = [0.2, 0.2, 0.7, 0.7, 0.7, 0.5, 0.5, 0.8, 0.8, 0.8]
+    assert 3 <= choose_epoch([flat, noisy]) <= 6
+    assert choose_epoch([[0.5, 0.6, 0.7], [0.5] * 9]) <= 3  # the short one stays where it stopped
+
+
 def test_chosen_epoch_is_the_one_trained_and_without_early_stopping_all_are() -> None:
     data = made_up()
     for early, expected in ((True, None), (False, 9)):
-        params = SJEParams(epochs=9, learning_rate=0.01, early_stopping=early, folds=2)
+        params = SJEParams(epochs=9, learning_rate=0.01, early_stopping=early, folds=1)
         model = SJE(params).fit(data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2"))
         t1 = [entry.get("validation_t1", 0.0) for entry in model.history_]
         assert model.best_epoch_ == (expected or best_epoch(t1))
