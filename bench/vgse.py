@@ -136,13 +136,15 @@ class Bench:
         }
 
 
-def cells(sets: list[str], data: Path, seeds: int, wanted: list[str] | None) -> Iterator[tuple[str, str, str, int]]:
-    """(set, knowledge, column, seed), all seeds of a column together."""
-    for name in sets:
-        for path in sorted((data / name / "knowledge").glob("*.npz")):
-            for column in columns():
-                if wanted is None or column in wanted:
-                    yield from ((name, path.stem, column, seed) for seed in range(seeds))
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """(set, knowledge, column, seed): every cell once before any is repeated with another seed."""
+    for seed in range(options.seeds):
+        for name in options.sets:
+            for path in sorted((options.data / name / "knowledge").glob("*.npz")):
+                if options.knowledge is None or path.stem in options.knowledge:
+                    yield from (
+                        (name, path.stem, c, seed) for c in columns() if not options.columns or c in options.columns
+                    )
 
 
 def markdown(results: Results) -> str:
@@ -175,7 +177,8 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--sets", nargs="*", default=["animals", "caltech101", "tiny188"])
-    parser.add_argument("--columns", nargs="*")
+    parser.add_argument("--columns", nargs="*", help="default: all")
+    parser.add_argument("--knowledge", nargs="*", help="names of knowledge files; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--weights", default="mobilenet_v2-imagenet1k.fp16.safetensors", help="a file of UNSEEN_WEIGHTS_DIR"
@@ -187,7 +190,7 @@ def main() -> None:
     if not options.report:
         with Client(options.url) as client:
             benches: dict[str, Bench] = {}
-            for name, source, column, seed in cells(options.sets, options.data, options.seeds, options.columns):
+            for name, source, column, seed in cells(options):
                 key = f"{name}|{source}|{column}|{seed}"
                 if key in results:
                     continue
