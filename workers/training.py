@@ -18,7 +18,7 @@ from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
 from models.knowledge.base import require
 from models.params import BackboneParams, EmbeddingSetParams, ScratchParams
-from models.zero_shot.base import create_classifier
+from models.zero_shot.base import EmbeddingsOf, create_classifier
 from service.core import repositories
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
@@ -77,7 +77,7 @@ def train_classifier(context: TaskContext) -> Publisher:
         tables.train,
         embeddings[: len(inputs.seen)],
         validation_classes=validation,
-        validation_embeddings=_validation_embeddings(context, inputs, validation),
+        validation_embeddings=_embeddings_as_unseen(context, inputs),
         on_progress=context.progress,
     )
     metrics: dict[str, Any] = {
@@ -171,25 +171,31 @@ def _validation_classes(inputs: Inputs) -> tuple[str, ...]:
     return choose_validation_classes(inputs.seen, seed=inputs.row.request["seed"])
 
 
-def _validation_embeddings(context: TaskContext, inputs: Inputs, validation: Sequence[str]) -> FloatArray | None:
-    """What the validation classes' embeddings would be without their images, composed of the other seen classes."""
-    if inputs.embedding_set is None or not validation:
+def _embeddings_as_unseen(context: TaskContext, inputs: Inputs) -> EmbeddingsOf | None:
+    """What seen classes' embeddings would be without their images, each group composed of the other seen classes.
+
+    None where embeddings do not come from images, or too few classes would be left to compose of.
+    """
+    if inputs.embedding_set is None:
         return None
     directory = unpack(context.store, inputs.embedding_set.artifacts, EMBEDDER_FILES, context.scratch_dir / "embedder")
     embedder = ClassEmbedder.load(directory)
-    held = np.isin(embedder.class_names, list(validation))
-    if held.sum() != len(validation) or (~held).sum() < 2:
-        return None
-    others = ClassEmbedder(
-        tuple(name for name, is_held in zip(embedder.class_names, held, strict=True) if not is_held),
-        embedder.seen_embeddings[~held],
-        embedder.knowledge_seen[~held],
-        embedder.relation,
-        embedder.params,
-    )
-    position = {name: i for i, name in enumerate(embedder.class_names)}
-    knowledge = embedder.knowledge_seen[[position[name] for name in validation]]
-    return others.embed(knowledge)[0]
+    if not set(inputs.seen) <= set(embedder.class_names) or len(inputs.seen) < 4:
+        return None  # classes that were unseen when the set was built, and have images now
+
+    def without_images(names: Sequence[str]) -> FloatArray:
+        held = np.isin(embedder.class_names, list(names))
+        others = ClassEmbedder(
+            tuple(name for name, is_held in zip(embedder.class_names, held, strict=True) if not is_held),
+            embedder.seen_embeddings[~held],
+            embedder.knowledge_seen[~held],
+            embedder.relation,
+            embedder.params,
+        )
+        position = {name: i for i, name in enumerate(embedder.class_names)}
+        return others.embed(embedder.knowledge_seen[[position[name] for name in names]])[0]
+
+    return without_images
 
 
 def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
