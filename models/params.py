@@ -56,9 +56,9 @@ class ClusteringParams(Params):
 
     n_clusters: int = Field(150, ge=2, le=10_000, description="Dv: visual properties, the embedding's dimension.")
     n_neighbors: int = Field(20, ge=1, le=1000, description="Nearest patches that must share a cluster (Eq. 2).")
-    entropy_weight: float = Field(5.0, ge=0, le=1e4, description="lambda of L_pel (Eq. 3, 6).")
+    entropy_weight: float = Field(3.0, ge=0, le=1e4, description="lambda of L_pel (Eq. 3, 6).")
     class_weight: float = Field(1.0, ge=0, le=1e4, description="beta of L_cls (Eq. 4, 6); 0 leaves it out.")
-    semantic_weight: float = Field(5.0, ge=0, le=1e4, description="gamma of L_sem (Eq. 5, 6); 0 leaves it out.")
+    semantic_weight: float = Field(1.0, ge=0, le=1e4, description="gamma of L_sem (Eq. 5, 6); 0 leaves it out.")
     squared_semantic: bool = Field(False, description="Square the norm of Eq. 5.")
     double_softmax: bool = Field(False, description="Softmax on the class probabilities again, as Eq. 4 is printed.")
     head_input: Literal["assignment", "logits"] = Field(
@@ -68,13 +68,13 @@ class ClusteringParams(Params):
         "frozen", description="Train the heads on cached features, or the backbone too, end to end."
     )
     epochs: int = Field(
-        30, ge=1, le=10_000, description="At most this many passes; validation classes may stop sooner."
+        50, ge=1, le=10_000, description="At most this many passes; validation classes may stop sooner."
     )
-    batch_size: int = Field(1024, ge=2, le=65_536, description="Patches a step; the entropy needs many more than Dv.")
+    batch_size: int = Field(512, ge=2, le=65_536, description="Patches a step; the entropy needs many more than Dv.")
     learning_rate: float = Field(5e-3, gt=0, le=10, description="Adam's step size.")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="Adam's weight decay.")
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes cut from the seen ones.")
-    patience: int = Field(10, ge=1, le=1000, description="Epochs without a better validation score before stopping.")
+    patience: int = Field(15, ge=1, le=1000, description="Epochs without a better validation score before stopping.")
 
 
 class KMeansParams(Params):

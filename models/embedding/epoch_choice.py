@@ -66,10 +66,16 @@ class ValidationScorer:
 
 
 def best_epoch(epochs: Sequence[int], scores: Sequence[float]) -> int:
-    """The epoch whose score, averaged with its SMOOTHING neighbours on each side, is highest; ties: the earliest."""
+    """The last epoch whose smoothed score cannot be told from the best one.
+
+    Scores are averaged with their SMOOTHING neighbours on each side. How far they scatter around that average is
+    their noise; smoothed scores within it of the best are ties, and of tied epochs the last is taken: clusters grow
+    sharper, and mean more, the longer they are trained.
+    """
     values = np.asarray(scores, dtype=np.float64)
-    smoothed = [values[max(0, i - SMOOTHING) : i + SMOOTHING + 1].mean() for i in range(len(values))]
-    return epochs[int(np.argmax(np.round(smoothed, 12)))]
+    smoothed = np.array([values[max(0, i - SMOOTHING) : i + SMOOTHING + 1].mean() for i in range(len(values))])
+    noise = float(np.sqrt(np.mean((values - smoothed) ** 2)))
+    return epochs[int(np.flatnonzero(smoothed >= smoothed.max() - noise - 1e-12)[-1])]
 
 
 def unit_knowledge(knowledge: FloatArray) -> FloatArray:

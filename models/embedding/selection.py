@@ -91,13 +91,13 @@ class RelationChoice:
 def default_candidates() -> tuple[Candidate, ...]:
     """WAvg and SMO in all forms, in order of preference.
 
-    The order is what counts between candidates that validation cannot tell apart: forms that keep the knowledge
-    beside the composed vector before those that do not, the paper's SMO with alpha = 0 before the others, and a
-    little ridge before none or much.
+    The order is what counts between candidates that validation cannot tell apart: the centred form before the one
+    that keeps the knowledge beside it, both before the plain one, whose common mean makes some classes the nearest of
+    everything; the paper's SMO with alpha = 0 before the others; a little ridge before none or much.
     """
     ridges = (0.03, 0.1, 1e-6, 0.3, 1.0)
     found: list[Candidate] = []
-    for form in ("fused", "centred", "plain"):
+    for form in ("centred", "fused", "plain"):
         settings: list[tuple[Relation, dict[str, Any]]] = [
             *(("smo", {"alpha": alpha, "ridge": ridge}) for alpha in (0, -1) for ridge in ridges),
             *(("wavg", {"n_neighbors": k, "eta": 5.0}) for k in (5, 10, 3, 20)),

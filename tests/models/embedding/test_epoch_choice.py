@@ -12,7 +12,11 @@ from tests.models.embedding.tables import part_table
 def test_the_best_epoch_is_a_smooth_best_not_a_lucky_one() -> None:
     scores = [0.1, 0.2, 0.3, 0.9, 0.3, 0.2, 0.5, 0.6, 0.7, 0.6, 0.6, 0.6]
     assert best_epoch(range(1, 13), scores) >= 8
-    assert best_epoch([5, 10, 15], [0.5, 0.5, 0.5]) == 5
+
+
+def test_of_epochs_that_score_alike_the_last_is_taken_and_a_clear_fall_ends_it() -> None:
+    assert best_epoch([5, 10, 15], [0.5, 0.5, 0.5]) == 15
+    assert best_epoch(range(1, 12), [0.1, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3, 0.2, 0.1, 0.0]) in (5, 6)
 
 
 def test_knowledge_becomes_centred_unit_rows() -> None:
