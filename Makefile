@@ -64,3 +64,7 @@ pins: $(STAMP) ## Writes constraints.txt anew, with the newest versions that fit
 clean: ## Removes what tests and demos leave behind; keeps .venv and the service's data.
 	rm -rf var build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: configuration
+configuration: $(STAMP) ## Writes docs/configuration.md anew.
+	$(BIN)/python -m service.configuration > docs/configuration.md

@@ -1,0 +1,29 @@
+"""`python -m service.configuration`: the table of all settings, from the settings class; docs/configuration.md is it."""
+
+from __future__ import annotations
+
+import sys
+
+from service.core.settings import Settings
+
+HEAD = """# Configuration
+
+Every setting is an environment variable. Sizes are in bytes, durations in seconds. This page is generated from
+`service/core/settings.py` by `make configuration`; a test compares the two.
+
+| variable | default | meaning |
+|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The page."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in ("", None) else f"`{field.default}`"
+        rows.append(f"| `UNSEEN_{name.upper()}` | {default} | {field.description} |\n")
+    return HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
