@@ -1,4 +1,4 @@
-"""`python -m service.configuration`: the table of all settings, from the settings class; docs/configuration.md is it."""
+"""`python -m service.configuration` prints docs/configuration.md: the table of all settings, from their class."""
 
 from __future__ import annotations
 
