@@ -220,14 +220,14 @@ def show_contributions(rows: Sequence[Json]) -> None:
 
 def show_named_lists(title: str, heads: tuple[str, str], rows: Sequence[tuple[str, str, Sequence[str]]]) -> None:
     """Rows of (mark in rich's markup, name, items): as a table, or where names are long, one item a line."""
+    console.print(title, style="italic", soft_wrap=True)
     if any(len(name) > LONG_NAME for _, name, _ in rows):
-        console.print(title, style="italic")
         for mark, name, items in rows:
             console.print(f"{mark} [bold]{escape(readable(name))}[/]".strip(), soft_wrap=True)
             for item in items:
                 console.print(f"    {escape(item)}", soft_wrap=True)
         return
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for head in (*([""] if any(mark for mark, _, _ in rows) else []), *heads):
         table.add_column(head)
     for mark, name, items in rows:

@@ -64,7 +64,7 @@ class LocalService:
     ) -> None:
         self.stop()
 
-    def wait_until_ready(self, client: Client, timeout: float = 180.0) -> None:
+    def wait_until_ready(self, client: Client, timeout: float = 300.0) -> None:
         """Returns when every part works; UnseenError with the end of the log if it ended or takes too long."""
         deadline = time.monotonic() + timeout
         reason = ""
