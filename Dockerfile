@@ -35,7 +35,7 @@ WORKDIR /data
 
 FROM runtime AS api
 COPY --from=api-dependencies /opt/unseen /opt/unseen
-USER unseen
+USER 10001
 ENV UNSEEN_HOST=0.0.0.0 UNSEEN_PORT=8000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
@@ -44,7 +44,7 @@ CMD ["unseen", "api"]
 
 FROM runtime AS worker
 COPY --from=worker-dependencies /opt/unseen /opt/unseen
-USER unseen
+USER 10001
 # A worker has no port; it is healthy while its row in the database shows a recent sign of life.
 HEALTHCHECK --interval=20s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-m", "workers.health"]
