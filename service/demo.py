@@ -64,6 +64,11 @@ def plan_demo(
     if not without_photos:
         raise UnseenError("Which classes shall stay unseen? Give --unseen a,b,c, or a splits.json beside the images.")
     seen = tuple(n for n in (scan.seen_classes or scan.class_names) if n not in set(without_photos))
+    empty = [name for name in seen if name not in set(scan.class_names)]
+    if empty:
+        raise UnseenError(
+            f"{folder} holds no photos of {len(empty)} classes that it shall learn from, {empty[0]!r} first."
+        )
     network = Network(backbone, weights or "scratch")
     if network.name is None:
         raise UnseenError(f"Which network are {Path(weights or '').name} the weights of? Say it with --backbone.")
@@ -83,11 +88,10 @@ def plan_demo(
 
 
 def demo_params(network: Network, scan: FolderScan, unseen: set[str], *, fast: bool) -> Json:
-    """Parameters that suit the network: small patches and a short schedule for the one trained from scratch."""
+    """The service's defaults, but for small patches, which suit the small network; `fast`: as little as works."""
     params: Json = {"backbone": network.params(), "patches": {}, "clustering": {}}
     if network.name == "small_cnn":
-        params["patches"] = {"size": 48, "n_patches": 9}
-        params["clustering"] = {"n_clusters": 64}
+        params["patches"] = {"size": 48}
     validation = [name for name in scan.validation_classes or () if name not in unseen]
     if validation:
         params["validation_classes"] = validation
@@ -98,11 +102,11 @@ def demo_params(network: Network, scan: FolderScan, unseen: set[str], *, fast: b
 
 
 def find_knowledge(folder: Path) -> Path:
-    """The table beside the images: vectors of the classes' names before attributes, which somebody had to write."""
+    """The table beside the images: attributes, which tell most, before vectors of the classes' names."""
     found = sorted(folder.glob("knowledge/*.npz"))
     if not found:
         raise UnseenError(f"{folder} holds no knowledge/*.npz; give a file of word or class vectors with --knowledge.")
-    return next((path for path in found if path.stem != "attributes"), found[0])
+    return next((path for path in found if path.stem == "attributes"), found[0])
 
 
 def first_photos(scan: FolderScan, classes: Sequence[str]) -> dict[str, Path]:

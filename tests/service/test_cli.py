@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -302,6 +303,9 @@ def test_the_demo_plans_before_it_starts(tmp_path: Path) -> None:
     assert demo.plan_demo(folder, unseen=["square_red"]).live is None
     with pytest.raises(UnseenError, match="--backbone"):
         demo.plan_demo(folder, weights="mine.pth")
+    with pytest.raises(UnseenError, match="no photos of 1 classes"):
+        shutil.rmtree(folder / "images" / "square_blue")
+        demo.plan_demo(folder)
     (folder / "splits.json").unlink()
     with pytest.raises(UnseenError, match="Which classes shall stay unseen"):
         demo.plan_demo(folder)
