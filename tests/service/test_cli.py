@@ -303,8 +303,8 @@ def test_the_demo_plans_before_it_starts(tmp_path: Path) -> None:
     assert demo.plan_demo(folder, unseen=["square_red"]).live is None
     with pytest.raises(UnseenError, match="--backbone"):
         demo.plan_demo(folder, weights="mine.pth")
+    shutil.rmtree(folder / "images" / "square_blue")
     with pytest.raises(UnseenError, match="no photos of 1 classes"):
-        shutil.rmtree(folder / "images" / "square_blue")
         demo.plan_demo(folder)
     (folder / "splits.json").unlink()
     with pytest.raises(UnseenError, match="Which classes shall stay unseen"):
