@@ -80,8 +80,12 @@ class Transport:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        address = urlsplit(base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
+        try:
+            address = urlsplit(base_url)
+            is_address = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+        except ValueError:  # a port that is no number
+            is_address = False
+        if not is_address:
             raise UnseenError(f"{base_url!r} is no address of a service; write it like http://127.0.0.1:8000.")
         self.base_url = base_url.rstrip("/")
         self._retries = retries
@@ -91,7 +95,7 @@ class Transport:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
             transport=transport,
-            trust_env=not is_loopback(address.hostname),  # a proxy cannot reach this machine's loopback
+            trust_env=not is_loopback(address.hostname or ""),  # a proxy cannot reach this machine's loopback
         )
 
     def close(self) -> None:

@@ -382,8 +382,9 @@ def test_what_is_no_service_is_told_apart() -> None:
         pytest.raises(ApiError, match=r"bad gateway.*HTTP 502"),
     ):
         client.version()
-    with pytest.raises(UnseenError, match="is no address"):
-        Client("localhost:8000")
+    for address in ("localhost:8000", "http://", "http://127.0.0.1:80x", "http://127.0.0.1:99999"):
+        with pytest.raises(UnseenError, match="is no address"):
+            Client(address)
 
 
 def test_the_key_is_sent_as_bearer() -> None:
