@@ -29,7 +29,6 @@ OUTLINE = 5
 
 COLOURS: dict[str, Colour] = {
     "red": (222, 58, 58),
-    "orange": (242, 128, 30),
     "yellow": (252, 222, 62),
     "green": (84, 178, 78),
     "blue": (62, 122, 218),
@@ -76,7 +75,8 @@ def byte(value: float) -> int:
     return max(0, min(255, round(value)))
 
 
-def jitter(colour: Colour, rng: random.Random, amount: float = 12) -> Colour:
+def jitter(colour: Colour, rng: random.Random, amount: float) -> Colour:
+    """`colour` with each channel moved by up to `amount`."""
     r, g, b = (byte(channel + rng.uniform(-amount, amount)) for channel in colour)
     return r, g, b
 
@@ -212,11 +212,11 @@ def worm(rng: random.Random) -> Body:
 
 
 BODIES: dict[str, Callable[[random.Random], Body]] = {
-    "ball": ball,
-    "box": box,
-    "cone": cone,
-    "tower": tower,
-    "worm": worm,
+    "round": ball,
+    "square": box,
+    "cone-shaped": cone,
+    "tall": tower,
+    "worm-like": worm,
 }
 
 # ---------------------------------------------------------------- textures

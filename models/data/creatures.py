@@ -1,6 +1,6 @@
 """Compositional creatures: small pictures whose unseen classes recombine what seen classes show.
 
-A class is a body, a texture, two colours and two parts; 24 seen and 8 unseen classes share 28 attributes. Every image
+A class is a body, a texture, two colours and two parts; 24 seen and 8 unseen classes share 27 attributes. Every image
 has its own seed, from which come pose, scale, proportions, light and background: none of it tells the class.
 """
 
@@ -59,8 +59,8 @@ class Creature:
 
     @property
     def title(self) -> str:
-        """The class in words, for example 'striped red worm with horns and tail'."""
-        return f"{self.texture} {self.colour} {self.body} with {self.parts[0]} and {self.parts[1]}"
+        """The class in words, for example 'tall striped red creature with horns and tail'."""
+        return f"{self.body} {self.texture} {self.colour} creature with {self.parts[0]} and {self.parts[1]}"
 
     @property
     def name(self) -> str:
@@ -69,40 +69,40 @@ class Creature:
 
 
 SEEN: tuple[Creature, ...] = (
-    Creature("plain", "yellow", "white", "cone", ("horns", "wings")),
-    Creature("checkered", "purple", "pink", "worm", ("long ears", "spikes")),
-    Creature("scaly", "green", "black", "box", ("long ears", "one eye")),
-    Creature("scaly", "purple", "pink", "box", ("spikes", "beak")),
-    Creature("spotted", "red", "pink", "tower", ("antennae", "one eye")),
-    Creature("striped", "purple", "white", "ball", ("horns", "one eye")),
-    Creature("striped", "red", "black", "cone", ("long ears", "long legs")),
-    Creature("plain", "orange", "pink", "ball", ("long ears", "wings")),
-    Creature("striped", "yellow", "black", "tower", ("long ears", "beak")),
-    Creature("scaly", "orange", "black", "worm", ("horns", "wings")),
-    Creature("scaly", "orange", "black", "cone", ("spikes", "one eye")),
-    Creature("checkered", "orange", "white", "tower", ("long ears", "tail")),
-    Creature("striped", "blue", "pink", "box", ("horns", "long legs")),
-    Creature("spotted", "blue", "white", "box", ("long ears", "wings")),
-    Creature("plain", "red", "white", "ball", ("long legs", "beak")),
-    Creature("scaly", "green", "white", "ball", ("antennae", "long legs")),
-    Creature("striped", "green", "white", "tower", ("horns", "spikes")),
-    Creature("plain", "blue", "white", "worm", ("tail", "one eye")),
-    Creature("spotted", "blue", "pink", "cone", ("antennae", "beak")),
-    Creature("checkered", "green", "black", "ball", ("wings", "beak")),
-    Creature("checkered", "yellow", "pink", "worm", ("long legs", "one eye")),
-    Creature("spotted", "yellow", "black", "ball", ("horns", "tail")),
-    Creature("plain", "purple", "black", "box", ("antennae", "tail")),
-    Creature("spotted", "red", "black", "worm", ("horns", "spikes")),
+    Creature("checkered", "yellow", "black", "cone-shaped", ("horns", "one eye")),
+    Creature("plain", "blue", "white", "tall", ("horns", "long legs")),
+    Creature("striped", "red", "black", "square", ("horns", "tail")),
+    Creature("spotted", "yellow", "black", "tall", ("long ears", "tail")),
+    Creature("spotted", "green", "black", "round", ("long ears", "one eye")),
+    Creature("plain", "purple", "pink", "worm-like", ("long ears", "wings")),
+    Creature("spotted", "purple", "white", "square", ("antennae", "one eye")),
+    Creature("plain", "yellow", "white", "worm-like", ("tail", "one eye")),
+    Creature("checkered", "red", "pink", "worm-like", ("long ears", "spikes")),
+    Creature("scaly", "green", "pink", "round", ("antennae", "wings")),
+    Creature("plain", "blue", "pink", "square", ("antennae", "long legs")),
+    Creature("striped", "blue", "pink", "cone-shaped", ("wings", "one eye")),
+    Creature("plain", "red", "black", "tall", ("long ears", "beak")),
+    Creature("checkered", "red", "pink", "round", ("tail", "beak")),
+    Creature("striped", "green", "white", "cone-shaped", ("horns", "tail")),
+    Creature("scaly", "blue", "black", "cone-shaped", ("horns", "wings")),
+    Creature("striped", "green", "white", "square", ("long ears", "wings")),
+    Creature("checkered", "green", "black", "worm-like", ("long legs", "one eye")),
+    Creature("scaly", "red", "white", "cone-shaped", ("long ears", "spikes")),
+    Creature("spotted", "purple", "pink", "tall", ("horns", "beak")),
+    Creature("spotted", "blue", "white", "worm-like", ("spikes", "beak")),
+    Creature("plain", "purple", "white", "round", ("horns", "spikes")),
+    Creature("striped", "yellow", "black", "round", ("antennae", "spikes")),
+    Creature("scaly", "yellow", "white", "square", ("long legs", "beak")),
 )
 UNSEEN: tuple[Creature, ...] = (
-    Creature("checkered", "purple", "white", "tower", ("horns", "long legs")),
-    Creature("plain", "orange", "white", "box", ("horns", "beak")),
-    Creature("striped", "orange", "white", "tower", ("wings", "one eye")),
-    Creature("striped", "blue", "pink", "ball", ("tail", "beak")),
-    Creature("checkered", "red", "black", "worm", ("antennae", "wings")),
-    Creature("spotted", "yellow", "black", "box", ("antennae", "spikes")),
-    Creature("scaly", "red", "pink", "cone", ("horns", "tail")),
-    Creature("plain", "green", "pink", "cone", ("long ears", "spikes")),
+    Creature("checkered", "purple", "pink", "round", ("antennae", "beak")),
+    Creature("spotted", "yellow", "black", "square", ("antennae", "tail")),
+    Creature("scaly", "green", "black", "cone-shaped", ("horns", "long legs")),
+    Creature("plain", "blue", "white", "square", ("spikes", "one eye")),
+    Creature("checkered", "yellow", "pink", "worm-like", ("horns", "wings")),
+    Creature("striped", "purple", "white", "tall", ("long ears", "long legs")),
+    Creature("scaly", "red", "pink", "tall", ("wings", "beak")),
+    Creature("striped", "red", "black", "round", ("horns", "spikes")),
 )
 """Every property of these is in at least four seen classes, and no property goes with another there."""
 
@@ -133,7 +133,7 @@ def draw_creature(creature: Creature, seed: str) -> Image.Image:
 def _draw_layer(creature: Creature, rng: random.Random) -> Image.Image:
     """The creature alone, on a transparent stage, upright."""
     body = BODIES[creature.body](rng)
-    paint = Paint(jitter(COLOURS[creature.colour], rng), jitter(ACCENTS[creature.accent], rng, 6))
+    paint = Paint(jitter(COLOURS[creature.colour], rng, 26), jitter(ACCENTS[creature.accent], rng, 10))
     layer = Image.new("RGBA", (STAGE, STAGE), (0, 0, 0, 0))
     draw = ImageDraw.Draw(layer)
     for name, part in BACK_PARTS.items():
@@ -184,8 +184,8 @@ def _pose(layer: Image.Image, rng: random.Random) -> Image.Image:
 
 def _light(image: Image.Image, rng: random.Random) -> Image.Image:
     """Brightness and a slight tint, as lamps differ."""
-    level = rng.uniform(0.86, 1.08)
-    gains = [level * rng.uniform(0.97, 1.03) for _ in range(3)]
+    level = rng.uniform(0.8, 1.1)
+    gains = [level * rng.uniform(0.93, 1.07) for _ in range(3)]
     bands = [
         band.point(lambda v, gain=gain: min(255, v * gain)) for band, gain in zip(image.split(), gains, strict=True)
     ]
