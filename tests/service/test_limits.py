@@ -49,7 +49,9 @@ def test_files_and_archives(start_api: Callable[..., LiveApi]) -> None:
     dataset = f"/v1/datasets/{api.dataset()}"
     before = api.snapshot()
     form = {"class_name": "c"}
-    for content in (b"x" * 50_001, chunked(b"--B\r\n" + b"x" * 50_001)):
+    # Well-formed as far as it goes: how much of a chunked body is parsed before the limit is met is a matter of timing.
+    opening = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    for content in (b"x" * 50_001, chunked(opening + b"x" * 50_001)):
         headers = {"content-type": "multipart/form-data; boundary=B"}
         problem(api.client.post(f"{dataset}/images", content=content, headers=headers), 413, "at most 50,000")
     for content in (b"x" * 80_001, chunked(b"x" * 80_001)):
