@@ -163,7 +163,8 @@ def import_features(context: TaskContext) -> Publisher:
 
 def read_feature_files(context: TaskContext, files: dict[str, str]) -> FeatureDataset:
     """The feature dataset behind stored files ('res101' and 'att_splits', or 'features' and perhaps 'splits')."""
-    paths = {name: context.store.local_path(key) for name, key in files.items()}
+    suffixes = {"features": ".npz", "splits": ".json"}
+    paths = {name: _linked(context, name + suffixes.get(name, ".mat"), key) for name, key in files.items()}
     if "res101" in paths:
         return load_xlsa17(paths["res101"], paths["att_splits"])
     return load_feature_npz(paths["features"], paths.get("splits"))
@@ -183,7 +184,7 @@ def index_knowledge(context: TaskContext) -> Publisher:
         dim, n_entries = encoder.dim, None
         summary = {"model": payload["model"], "template": payload["template"]}
     elif kind == "word_vectors":
-        source = _named_copy(context, payload)
+        source = _linked(context, f"source-{Path(payload['filename']).name}", payload["file"])
         index = WordVectorIndex.build(source, directory, on_progress=context.progress)
         dim, n_entries = index.dim, index.manifest.n_rows
         manifest = index.manifest
@@ -211,10 +212,11 @@ def index_knowledge(context: TaskContext) -> Publisher:
     return publish
 
 
-def _named_copy(context: TaskContext, payload: dict[str, str]) -> Path:
-    """A link to the stored file under a name with its real suffix, which tells the reader the format."""
-    link = context.scratch_dir / f"source-{Path(payload['filename']).name}"
-    link.symlink_to(context.store.local_path(payload["file"]))
+def _linked(context: TaskContext, name: str, key: str) -> Path:
+    """A link to a stored file under a name that says what it is: readers go by the suffix, errors quote the name."""
+    link = context.scratch_dir / name
+    if not link.exists():
+        link.symlink_to(context.store.local_path(key))
     return link
 
 
