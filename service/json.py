@@ -34,11 +34,6 @@ def vector_out(raw: bytes, encoding: Encoding) -> Any:
     return np.frombuffer(raw, dtype="<f4")
 
 
-def vector_bytes(vector: Any) -> bytes:
-    """A vector as stored: little-endian float32."""
-    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
-
-
 def storable_json(value: dict[str, Any]) -> dict[str, Any]:
     """What can be stored and given back as the same JSON: not NaN, lone surrogates, huge integers or depths."""
     try:

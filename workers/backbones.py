@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.torch import save_file
 
 from models.base import Progress
 from models.data.images import ImageLimits, decode_image
@@ -74,11 +73,12 @@ def _train(
     device: str,
 ) -> str:
     from models.small_cnn import train_small_cnn
+    from models.weights import save_state
 
     images, usable = _decoded(context, sha256s)
     model = train_small_cnn(images, labels[usable], scratch, seed=seed, device=device, on_progress=context.progress)
     path = context.scratch_dir / "trained.safetensors"
-    save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, path)
+    save_state(model, path)
     artifact = context.store.put_file(path)
     with context.database.write() as session:
         repositories.put_cached_artifact(session, key, artifact, {"name": params.name, "n_images": len(usable)})

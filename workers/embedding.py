@@ -299,7 +299,7 @@ def class_rows(
             name=name,
             position=i,
             is_seen=True,
-            vector=_bytes(vector),
+            vector=vector_bytes(vector),
             provenance={"source": "images"},
         )
         for i, (name, vector) in enumerate(zip(embedder.class_names, embedder.seen_vectors(), strict=True))
@@ -313,7 +313,7 @@ def class_rows(
                     name=name,
                     position=len(rows),
                     is_seen=False,
-                    vector=_bytes(vector),
+                    vector=vector_bytes(vector),
                     provenance=provenance(embedder, relation),
                 )
             )
@@ -344,5 +344,6 @@ def class_numbers(rows: Sequence[ImageRow], class_names: Sequence[str]) -> np.nd
     return np.array([number[row.class_name] for row in rows], dtype=np.int64)
 
 
-def _bytes(vector: FloatArray) -> bytes:
+def vector_bytes(vector: FloatArray) -> bytes:
+    """A vector as the database keeps it: little-endian float32."""
     return np.ascontiguousarray(vector, dtype="<f4").tobytes()

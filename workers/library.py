@@ -25,7 +25,7 @@ from service.core.errors import Conflict
 from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE
-from workers.embedding import provenance
+from workers.embedding import provenance, vector_bytes
 from workers.model_cache import ModelCache, Parts, array_bytes, resident_parts
 from workers.predictions import Resident
 from workers.sources import open_backbone, open_knowledge, unpack
@@ -96,7 +96,7 @@ class Library:
         knowledge = require(self.lookup(row.knowledge_id, names), field="class_names")
         vectors, relations = embedder.embed(knowledge)
         return [
-            NewClass(name, np.ascontiguousarray(vector, dtype="<f4").tobytes(), provenance(embedder, coefficients))
+            NewClass(name, vector_bytes(vector), provenance(embedder, coefficients))
             for name, vector, coefficients in zip(names, vectors, relations, strict=True)
         ]
 

@@ -4,11 +4,8 @@ of an RQ worker imports this file, and a fork after torch has run anything hangs
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import random
 import re
-import sys
 
 from models.errors import InvalidInput
 
@@ -42,28 +39,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def set_threads(n: int) -> None:
-    """Threads of one torch operation in this process."""
-    if n < 1:
-        raise InvalidInput(f"At least one thread is needed, not {n}.", field="threads")
-    import torch
-
-    torch.set_num_threads(n)
-
-
-def release_memory() -> None:
-    """Collects garbage and gives free memory back: the GPU's cache to the driver, glibc's heaps to the system."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    _trim_heap()
-
-
-def _trim_heap() -> None:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library: it has no such call, and nothing depends on it

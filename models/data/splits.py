@@ -76,19 +76,6 @@ def choose_validation_classes(seen_classes: Sequence[str], *, fraction: float = 
     return tuple(sorted(ranked[:n_chosen]))
 
 
-def validation_folds(seen_classes: Sequence[str], n_folds: int, seed: int = 0) -> tuple[tuple[str, ...], ...]:
-    """The seen classes dealt into `n_folds` disjoint groups of nearly equal size, each sorted.
-
-    TooFewSamples if there are fewer classes than folds.
-    """
-    if n_folds < 2:
-        raise InvalidInput(f"{n_folds} folds; at least 2 are needed, so that each leaves classes to train on.")
-    ranked = _ranked(seen_classes, seed)
-    if len(ranked) < n_folds:
-        raise TooFewSamples(f"{len(ranked)} seen classes cannot fill {n_folds} folds. Use at most {len(ranked)} folds.")
-    return tuple(tuple(sorted(ranked[start::n_folds])) for start in range(n_folds))
-
-
 def assign_holdout(sha256s: Sequence[str], fraction: float) -> NDArray[np.bool_]:
     """Which images of *one* class are held out for testing: (n_images,), True where held out.
 

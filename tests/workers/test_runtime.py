@@ -38,19 +38,3 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
         runtime.seed_everything(7)
         drawn.append((np.random.rand(), torch.rand(1).item()))
     assert drawn[0] == drawn[1]
-
-
-def test_threads_are_set_and_none_is_refused() -> None:
-    before = torch.get_num_threads()
-    try:
-        runtime.set_threads(1)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    with pytest.raises(InvalidInput, match="At least one thread"):
-        runtime.set_threads(0)
-
-
-def test_memory_can_be_released_at_any_time() -> None:
-    runtime.release_memory()
-    runtime.release_memory()

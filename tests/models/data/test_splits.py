@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from models.data.splits import ClassSplit, assign_holdout, choose_validation_classes, validation_folds
+from models.data.splits import ClassSplit, assign_holdout, choose_validation_classes
 from models.errors import InvalidInput, TooFewSamples
 
 CLASSES = [f"class {i}" for i in range(20)]
@@ -57,21 +57,6 @@ def test_validation_choice_refuses_bad_input() -> None:
         choose_validation_classes(CLASSES, fraction=1.0)
     with pytest.raises(InvalidInput, match="more than once"):
         choose_validation_classes(["a", "b", "a"])
-
-
-def test_folds_are_a_partition_of_nearly_equal_parts() -> None:
-    folds = validation_folds(CLASSES, 3, seed=1)
-    assert sorted(name for fold in folds for name in fold) == sorted(CLASSES)
-    assert {len(fold) for fold in folds} == {6, 7}
-    assert folds == validation_folds(CLASSES[::-1], 3, seed=1)
-    assert folds != validation_folds(CLASSES, 3, seed=2)
-
-
-def test_folds_refuse_what_cannot_be_dealt() -> None:
-    with pytest.raises(TooFewSamples, match="2 seen classes cannot fill 3 folds"):
-        validation_folds(["a", "b"], 3)
-    with pytest.raises(InvalidInput, match="at least 2"):
-        validation_folds(CLASSES, 1)
 
 
 def test_an_image_keeps_its_place_when_others_come_and_go() -> None:
