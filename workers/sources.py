@@ -22,6 +22,7 @@ from service.core.artifacts import ArtifactStore
 from service.core.errors import Unavailable
 from service.core.settings import Settings
 from service.core.tables import Knowledge
+from workers.runtime import choose_device
 
 if TYPE_CHECKING:
     from models.backbones import Backbone
@@ -54,9 +55,10 @@ def open_knowledge(row: Knowledge, store: ArtifactStore, settings: Settings) -> 
 
 def open_text_encoder(model: str, template: str, settings: Settings) -> TextEncoder:
     """A sentence-transformers model by hub name, or a folder of the weights directory by its plain name."""
+    device = choose_device(settings.device)
     if settings.weights_dir is not None and (local := settings.weights_dir / model).is_dir() and "/" not in model:
-        return TextEncoder(local, template)
-    return TextEncoder(model, template)
+        return TextEncoder(local, template, device=device)
+    return TextEncoder(model, template, device=device)
 
 
 def open_backbone(params: BackboneParams, settings: Settings, *, device: str, weights: Path | None = None) -> Backbone:

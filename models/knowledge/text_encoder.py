@@ -6,7 +6,10 @@ Needs the extra 'text' (sentence-transformers), imported only when an encoder is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from models.knowledge.names import readable_name
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 _MAX_TEMPLATE = 1000
+_WHAT_TO_GIVE = "Give the name of a sentence-transformers model, or the folder of a downloaded one."
 
 Encode = Callable[[list[str]], "np.ndarray[Any, Any]"]
 """Texts to vectors (n_texts, dim)."""
@@ -106,23 +110,71 @@ def check_template(template: str) -> None:
 def _sentence_transformer(model: str, device: str | None) -> Encode:
     """The encode function of a sentence-transformers model."""
     try:
-        from sentence_transformers import SentenceTransformer
+        import sentence_transformers  # noqa: F401 - only to know whether it is there
     except ImportError as error:
         raise InvalidInput(
             "Text encoders need the extra 'text': pip install 'unseen[text]' on the machine of the worker. "
             "Word vectors, attributes and class vectors work without it.",
             field="kind",
         ) from error
+    _check_folder(model)
     try:
-        loaded = SentenceTransformer(model, device=device, trust_remote_code=False)
+        loaded = _load(model, device)
     except Exception as error:  # the library raises OSError, ValueError and its hub client's own errors
         raise InvalidInput(
-            f"The text encoder {model!r} cannot be loaded ({type(error).__name__}: {error}). Give the name of a "
-            f"sentence-transformers model, or the folder of a downloaded one.",
-            field="model",
+            f"The text encoder {model!r} cannot be loaded: {_reason(error)} {_WHAT_TO_GIVE}", field="model"
         ) from error
+    turn = Lock()  # tokenizers cannot be used by two threads at once
 
     def encode(sentences: list[str]) -> np.ndarray[Any, Any]:
-        return np.asarray(loaded.encode(sentences, batch_size=len(sentences), show_progress_bar=False))
+        with turn:
+            return np.asarray(loaded.encode(sentences, batch_size=len(sentences), show_progress_bar=False))
 
     return encode
+
+
+def _load(model: str, device: str | None) -> Any:
+    """The model from its folder, from the local cache, or from the hub."""
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if _is_downloaded(model):
+        # The hub is not asked again: jobs agree with each other, and where there is no network nobody waits for it.
+        with suppress(Exception):  # the download was cut short
+            return SentenceTransformer(model, device=device, trust_remote_code=False, local_files_only=True)
+    return SentenceTransformer(model, device=device, trust_remote_code=False)
+
+
+def _is_downloaded(model: str) -> bool:
+    """Whether the local cache has a hub model, together with the list of its parts (or the word that there is none)."""
+    from huggingface_hub import try_to_load_from_cache
+
+    owners = ("", "sentence-transformers/")  # where the library looks for it, too
+    with suppress(ValueError):  # no name that the hub could have
+        return any(try_to_load_from_cache(owner + model, "modules.json") is not None for owner in owners)
+    return False
+
+
+def _check_folder(model: str) -> None:
+    """InvalidInput for a path where no model is. The library would ask the hub for it, or complain about its own."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
+            raise InvalidInput(
+                f"The folder {model!r} holds no text encoder: it has no modules.json and no config.json. "
+                f"{_WHAT_TO_GIVE}",
+                field="model",
+            )
+    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise InvalidInput(f"There is no folder {model!r} on the machine of the worker. {_WHAT_TO_GIVE}", field="model")
+
+
+def _reason(error: Exception) -> str:
+    """A sentence. The library's own advice would be to trust the model."""
+    if isinstance(error, UnpicklingError):
+        return "its weights are a pickle of more than numbers, which is never opened. Save it anew as safetensors."
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is never run."
+    lines = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+    return ": ".join(lines).rstrip(".")[:300] + "."

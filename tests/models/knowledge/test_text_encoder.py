@@ -1,6 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pickle import UnpicklingError
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,13 +85,166 @@ def test_answers_of_a_broken_encoder_are_refused(answer: np.ndarray[Any, Any]) -
     importlib.util.find_spec("sentence_transformers") is not None, reason="the extra 'text' is installed"
 )
 def test_a_missing_extra_is_named() -> None:
-    with pytest.raises(InvalidInput, match=r"unseen\[text\]"):
+    with pytest.raises(InvalidInput, match=r"unseen\[text\]") as caught:
         TextEncoder("all-MiniLM-L6-v2")
+    assert caught.value.field == "kind"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sentence_transformers") is None, reason="the extra 'text' is not installed"
+class Library:
+    """Stands in for sentence-transformers and for what it brings along; `answers` are one a load, in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, in_cache: tuple[str, ...] = ()) -> None:
+        self.answers: list[Any] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        for name, members in {
+            "sentence_transformers": {"SentenceTransformer": self.load},
+            "transformers": {},
+            "transformers.utils": {"logging": SimpleNamespace(disable_progress_bar=lambda: None)},
+            "huggingface_hub": {"try_to_load_from_cache": lambda repo, file: "path" if repo in in_cache else None},
+        }.items():
+            module = ModuleType(name)
+            vars(module).update(members)
+            monkeypatch.setitem(sys.modules, name, module)
+
+    def load(self, model: str, **options: Any) -> Any:
+        self.calls.append((model, options))
+        answer = self.answers.pop(0) if self.answers else None
+        if isinstance(answer, Exception):
+            raise answer
+        return self
+
+    def encode(self, sentences: list[str], *, batch_size: int, show_progress_bar: bool) -> np.ndarray[Any, Any]:
+        assert (len(sentences), show_progress_bar) == (batch_size, False)
+        return np.array([[len(sentence), 1.0] for sentence in sentences], np.float32)
+
+
+def test_a_model_is_loaded_on_its_device_without_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(monkeypatch)
+    encoder = TextEncoder("some-model", "{}", device="cuda:1")
+    assert library.calls == [("some-model", {"device": "cuda:1", "trust_remote_code": False})]
+    assert encoder.lookup(["cat", "okapi"]).vectors.tolist() == [[3, 1], [5, 1]]
+
+
+def test_a_downloaded_model_is_taken_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(monkeypatch, in_cache=("sentence-transformers/some-model",))
+    TextEncoder("some-model")
+    assert [options.get("local_files_only") for _, options in library.calls] == [True]
+
+
+def test_a_download_that_was_cut_short_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(monkeypatch, in_cache=("owner/some-model",))
+    library.answers = [OSError("model.safetensors is not in the cache")]
+    TextEncoder("owner/some-model")
+    assert [options.get("local_files_only") for _, options in library.calls] == [True, None]
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./folder", "../folder", "~/folder", "a/b/c"])
+def test_paths_are_never_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    library = Library(monkeypatch)
+    with pytest.raises(InvalidInput, match=f"no folder '{path}' on the machine of the worker") as caught:
+        TextEncoder(path)
+    assert caught.value.field == "model"
+    assert library.calls == []
+
+
+def test_a_folder_that_is_no_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = Library(monkeypatch)
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(InvalidInput, match=r"holds no text encoder: it has no modules\.json") as caught:
+        TextEncoder(tmp_path)
+    assert caught.value.field == "model"
+    assert library.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError("We couldn't connect to the hub.\nCheck your connection."),
+            "OSError: We couldn't connect to the hub. ",
+        ),
+        (ValueError("It needs its code.\nPlease pass the argument `trust_remote_code=True`."), "which is never run. "),
+        (
+            UnpicklingError("Re-running with `weights_only` set to `False` will succeed."),
+            "Save it anew as safetensors. ",
+        ),
+        (RuntimeError(), "RuntimeError. "),
+    ],
 )
-def test_a_model_that_is_not_there_is_named(tmp_path: Any) -> None:
-    with pytest.raises(InvalidInput, match="cannot be loaded"):
-        TextEncoder(tmp_path / "nothing")
+def test_errors_of_the_library_are_told_without_its_advice(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    library = Library(monkeypatch)
+    library.answers = [error]
+    with pytest.raises(InvalidInput, match="'some-model' cannot be loaded") as caught:
+        TextEncoder("some-model")
+    message = str(caught.value)
+    assert told + "Give the name of" in message
+    assert "trust_remote_code" not in message
+    assert "weights_only" not in message
+
+
+# ---- the real library, where the extra 'text' is installed ---------------------------------------
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sentence-transformers model: BERT of random weights that reads letter by letter, mean-pooled."""
+    pytest.importorskip("sentence_transformers", reason="the extra 'text' is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's deprecations
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+        from transformers import BertConfig, BertModel, BertTokenizerFast
+
+        folder = tmp_path_factory.mktemp("encoder")
+        tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ALPHABET, *(f"##{c}" for c in ALPHABET)]
+        BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder / "bert")
+        config = BertConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+        )
+        BertModel(config).save_pretrained(folder / "bert")
+        modules = [Transformer(str(folder / "bert")), Pooling(16, pooling_mode="mean")]
+        SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"))
+    return folder / "model"
+
+
+def test_a_real_model_gives_its_own_vectors(tiny_model: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    encoder = TextEncoder(tiny_model, batch_size=2, device="cpu")
+    lookup = encoder.lookup(["grizzly_bear", "fox", "okapi", "x" * 500])
+    texts = ["a photo of a grizzly bear", "a photo of a fox", "a photo of a okapi", "a photo of a " + "x" * 500]
+    expected = SentenceTransformer(str(tiny_model), device="cpu").encode(texts)
+    assert (encoder.dim, lookup.vectors.dtype) == (16, np.dtype(np.float32))
+    np.testing.assert_allclose(lookup.vectors, expected, atol=1e-5)
+    assert len(np.unique(lookup.vectors.round(4), axis=0)) == 4
+
+
+def test_a_real_model_is_used_by_many_threads(tiny_model: Path) -> None:
+    encoder = TextEncoder(tiny_model, device="cpu")
+    names = ["fox", "a bear of a longer name", "okapi"] * 8
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda name: encoder.lookup([name]).vectors[0], names))
+    np.testing.assert_allclose(together, encoder.lookup(names).vectors, atol=1e-5)
+
+
+def test_code_in_a_models_folder_is_not_run(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "custom.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom torch.nn import Identity as Module\n"
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "custom.Module"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InvalidInput, match="Python code of its own, which is never run"):
+        TextEncoder(folder, device="cpu")
+    assert not (tmp_path / "ran").exists()
