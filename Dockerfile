@@ -22,7 +22,7 @@ COPY workers ./workers
 RUN pip install -c constraints.txt '.[postgres,s3,parquet]'
 
 FROM api-dependencies AS worker-dependencies
-RUN pip install -c constraints.txt '.[torch,hdf5,postgres,s3]'
+RUN pip install -c constraints.txt '.[torch,text,hdf5,postgres,s3]'
 
 # ---- what runs: no compiler, no sources beside the installed package, not root ---------------------
 FROM base AS runtime

@@ -53,7 +53,9 @@ class TextEncoder:
         self.template = template
         self._batch_size = batch_size
         self._on_progress = on_progress
-        self._encode = encode if encode is not None else _sentence_transformer(self.model, device)
+        # An attribute, not hidden in a closure: who keeps encoders can see how large they are.
+        self.network = None if encode is not None else _sentence_transformer(self.model, device)
+        self._encode = encode if encode is not None else _one_at_a_time(self.network)
         self._dim: int | None = None
 
     @property
@@ -107,8 +109,8 @@ def check_template(template: str) -> None:
         )
 
 
-def _sentence_transformer(model: str, device: str | None) -> Encode:
-    """The encode function of a sentence-transformers model."""
+def _sentence_transformer(model: str, device: str | None) -> Any:
+    """The model, or InvalidInput with what is wrong with it."""
     try:
         import sentence_transformers  # noqa: F401 - only to know whether it is there
     except ImportError as error:
@@ -119,16 +121,20 @@ def _sentence_transformer(model: str, device: str | None) -> Encode:
         ) from error
     _check_folder(model)
     try:
-        loaded = _load(model, device)
+        return _load(model, device)
     except Exception as error:  # the library raises OSError, ValueError and its hub client's own errors
         raise InvalidInput(
             f"The text encoder {model!r} cannot be loaded: {_reason(error)} {_WHAT_TO_GIVE}", field="model"
         ) from error
-    turn = Lock()  # tokenizers cannot be used by two threads at once
+
+
+def _one_at_a_time(network: Any) -> Encode:
+    """The encode function of a sentence-transformers model, whose tokenizer two threads must not use at once."""
+    turn = Lock()
 
     def encode(sentences: list[str]) -> np.ndarray[Any, Any]:
         with turn:
-            return np.asarray(loaded.encode(sentences, batch_size=len(sentences), show_progress_bar=False))
+            return np.asarray(network.encode(sentences, batch_size=len(sentences), show_progress_bar=False))
 
     return encode
 

@@ -226,6 +226,7 @@ def test_a_real_model_gives_its_own_vectors(tiny_model: Path) -> None:
     assert (encoder.dim, lookup.vectors.dtype) == (16, np.dtype(np.float32))
     np.testing.assert_allclose(lookup.vectors, expected, atol=1e-5)
     assert len(np.unique(lookup.vectors.round(4), axis=0)) == 4
+    assert sum(weights.numel() for weights in encoder.network.parameters()) > 16 * len(ALPHABET)
 
 
 def test_a_real_model_is_used_by_many_threads(tiny_model: Path) -> None:
