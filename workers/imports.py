@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import orjson
 from sqlalchemy.orm import Session
 
 from models.base import Progress
-from models.data.archives import ArchiveEntry, ArchiveLimits, inspect_archive, iterate_archive
+from models.data.archives import ArchiveEntry, ArchiveLimits, ArchiveRejection, inspect_archive, iterate_archive
 from models.data.features import FeatureDataset, load_feature_npz, load_xlsa17
 from models.data.images import ImageLimits, probe_image
 from models.errors import InvalidInput, TooFewSamples, UnreadableImage
@@ -40,21 +41,10 @@ def import_archive(context: TaskContext) -> Publisher:
     rows: dict[str, Image] = {}
     rejected: list[dict[str, str]] = []
     n_duplicates = 0
-    for done, entry in enumerate(iterate_archive(path, limits, plan), start=1):
-        if isinstance(entry, ArchiveEntry):
-            sha256 = hashlib.sha256(entry.data).hexdigest()
-            known = rows.get(sha256)
-            if known is not None and known.class_name == entry.class_name:
-                n_duplicates += 1
-            elif known is not None:
-                rejected.append(_rejection(entry.filename, f"The same image is also in class {known.class_name!r}."))
-            else:
-                row = _image_row(context, entry, sha256, image_limits, rejected)
-                if row is not None:
-                    rows[sha256] = row
-        else:
-            rejected.append(_rejection(entry.filename, entry.reason))
-        context.progress(Progress("import", done, plan.n_files, {"accepted": len(rows), "rejected": len(rejected)}))
+    with context.store.batch() as put:  # all of it is durable before `publish` records any
+        for done, entry in enumerate(iterate_archive(path, limits, plan), start=1):
+            n_duplicates += _take(context, entry, image_limits, rows, rejected, put)
+            context.progress(Progress("import", done, plan.n_files, {"accepted": len(rows), "rejected": len(rejected)}))
     if not rows:
         raise TooFewSamples(
             f"None of the archive's {plan.n_files} files could be used. "
@@ -76,6 +66,32 @@ def import_archive(context: TaskContext) -> Publisher:
     return publish
 
 
+def _take(
+    context: TaskContext,
+    entry: ArchiveEntry | ArchiveRejection,
+    limits: ImageLimits,
+    rows: dict[str, Image],
+    rejected: list[dict[str, str]],
+    put: Callable[[bytes], str],
+) -> bool:
+    """Adds an entry to `rows` (and stores it) or to `rejected`; True if `rows` holds it already."""
+    if not isinstance(entry, ArchiveEntry):
+        rejected.append(_rejection(entry.filename, entry.reason))
+        return False
+    sha256 = hashlib.sha256(entry.data).hexdigest()
+    known = rows.get(sha256)
+    if known is None:
+        row = _image_row(context, entry, sha256, limits, rejected)
+        if row is not None:
+            put(entry.data)
+            rows[sha256] = row
+        return False
+    if known.class_name != entry.class_name:
+        rejected.append(_rejection(entry.filename, f"The same image is also in class {known.class_name!r}."))
+        return False
+    return True
+
+
 def _rejection(filename: str, reason: str) -> dict[str, str]:
     return {"filename": filename[-512:], "reason": reason}
 
@@ -92,7 +108,6 @@ def _image_row(
     except InvalidInput as error:
         rejected.append(_rejection(entry.filename, str(error)))
         return None
-    context.store.put_bytes(entry.data)
     return Image(
         id=new_id("image"),
         dataset_id=context.job.resource_id,

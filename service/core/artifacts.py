@@ -2,33 +2,32 @@
 
 A key is `sha256/ab/<64 hex digits>`. A key that exists holds exactly that content: files are written aside, flushed to
 the disk and only then given their name, so that a crash at any moment leaves either the whole artifact or none.
+
+Nothing that another process may just have begun to use is deleted outright: `condemn` moves an artifact out of sight,
+to `condemned/<seconds>-<hex>`, from where `pardon` brings it back and `purge` removes it (see `garbage`).
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
-import os
 import re
 import secrets
-import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from service.core.artifact_files import Backend, LocalFiles, RemoteFiles
 from service.core.errors import NotFound, Unavailable
 
 _KEY = re.compile(r"sha256/([0-9a-f]{2})/([0-9a-f]{64})")
-_CHUNK = 4 * 2**20
-_STALE_S = 86_400.0  # an unfinished write older than this was abandoned
-# Stores that publish an object whole or not at all; on others a file is written aside and moved.
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az", "memory"}
+_CONDEMNED = re.compile(r"condemned/(\d{1,12})-([0-9a-f]{64})")
+_BATCH_FILES, _BATCH_BYTES = 512, 64 * 2**20  # what a batch holds in memory before it writes
 
 
 def image_key(sha256: str) -> str:
@@ -43,6 +42,15 @@ def _checked(key: str) -> str:
     return key
 
 
+@dataclass(frozen=True)
+class Condemned:
+    """An artifact that was moved out of sight: where it lies, the key it had, since when (Unix time)."""
+
+    path: str
+    key: str
+    since: float
+
+
 class ArtifactStore:
     """Content-addressed files at `url`; `cache_dir` holds local copies of what a remote store keeps.
 
@@ -52,25 +60,42 @@ class ArtifactStore:
 
     def __init__(self, url: str, cache_dir: Path) -> None:
         fs, root = fsspec.core.url_to_fs(url)
-        self._backend: _Backend = (
-            _LocalFiles(Path(root)) if isinstance(fs, LocalFileSystem) else _RemoteFiles(fs, root, Path(cache_dir))
-        )
+        with _as_unavailable("write to"):
+            self._backend: Backend = (
+                LocalFiles(Path(root)) if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, root, Path(cache_dir))
+            )
 
     def put_bytes(self, data: bytes) -> str:
         """Stores `data` and returns its key; does nothing where the same content is already there."""
-        key = image_key(hashlib.sha256(data).hexdigest())
-        with _as_unavailable("write to"):
-            if not self._backend.exists(key):
-                self._backend.write(key, io.BytesIO(data))
-        return key
+        with self.batch() as put:
+            return put(data)
+
+    @contextmanager
+    def batch(self) -> Iterator[Callable[[bytes], str]]:
+        """A `put_bytes` for many, which share their syncs: all are durable when the block ends, and not before."""
+        waiting: dict[str, bytes] = {}
+
+        def flush() -> None:
+            with _as_unavailable("write to"):
+                self._backend.write_many(waiting)
+            waiting.clear()
+
+        def put(data: bytes) -> str:
+            key = image_key(hashlib.sha256(data).hexdigest())
+            waiting[key] = data
+            if len(waiting) >= _BATCH_FILES or sum(map(len, waiting.values())) >= _BATCH_BYTES:
+                flush()
+            return key
+
+        yield put
+        flush()
 
     def put_file(self, path: Path, *, move: bool = False) -> str:
         """Stores the file at `path`, streaming; with `move` the file is given away (renamed where possible)."""
         with path.open("rb") as file:
             key = image_key(hashlib.file_digest(file, "sha256").hexdigest())
         with _as_unavailable("write to"):
-            if not self._backend.exists(key):
-                self._backend.take(key, path, move)
+            self._backend.take(key, path, move)
         if move:
             path.unlink(missing_ok=True)
         return key
@@ -108,7 +133,40 @@ class ArtifactStore:
     def iter_keys(self) -> Iterator[str]:
         """Every key, in no promised order."""
         with _as_unavailable("read from"):
-            yield from self._backend.iter_keys()
+            for path in self._backend.paths("sha256"):
+                if _KEY.fullmatch(path):
+                    yield path
+
+    def is_written_before(self, key: str, time: float) -> bool:
+        """Whether the content was surely written before `time` (Unix); False where the store does not tell."""
+        with _as_unavailable("read from", key):
+            written = self._backend.modified(_checked(key))
+            return written is not None and written < time
+
+    def condemn(self, key: str, time: float) -> None:
+        """Moves the content out of sight at `time` (Unix); a key that is not there is fine."""
+        with _as_unavailable("write to"), suppress(FileNotFoundError):
+            self._backend.move(_checked(key), f"condemned/{int(time)}-{key.rsplit('/', 1)[1]}")
+
+    def iter_condemned(self) -> Iterator[Condemned]:
+        """All that was condemned and neither pardoned nor purged."""
+        with _as_unavailable("read from"):
+            for path in self._backend.paths("condemned"):
+                if (match := _CONDEMNED.fullmatch(path)) is not None:
+                    yield Condemned(path, image_key(match[2]), float(match[1]))
+
+    def pardon(self, condemned: Condemned) -> None:
+        """Puts the content back under its key."""
+        with _as_unavailable("write to"), suppress(FileNotFoundError):
+            if self._backend.exists(condemned.key):
+                self._backend.delete(condemned.path)
+            else:
+                self._backend.move(condemned.path, condemned.key)
+
+    def purge(self, condemned: Condemned) -> None:
+        """Removes the content for good."""
+        with _as_unavailable("write to"), suppress(FileNotFoundError):
+            self._backend.delete(condemned.path)
 
     def check(self) -> None:
         """Writes, reads and removes a probe; raises `Unavailable` if that fails."""
@@ -132,187 +190,3 @@ def _as_unavailable(action: str, key: str | None = None) -> Iterator[None]:
             raise Unavailable("The artifact store is full; free some space and try again.", retry_after_s=60) from error
         reason = error.strerror or type(error).__name__
         raise Unavailable(f"Could not {action} the artifact store ({reason}).", retry_after_s=10) from error
-
-
-class _Backend(Protocol):
-    def exists(self, key: str) -> bool: ...
-    def size(self, key: str) -> int: ...
-    def open(self, key: str) -> IO[bytes]: ...
-    def local_path(self, key: str) -> Path: ...
-    def write(self, key: str, source: IO[bytes]) -> None: ...
-    def take(self, key: str, path: Path, move: bool) -> None: ...
-    def delete(self, key: str) -> None: ...
-    def iter_keys(self) -> Iterator[str]: ...
-    def probe(self, data: bytes) -> None: ...
-
-
-class _LocalFiles:
-    """A folder: `root/sha256/ab/<hex>`, and `root/aside/` for unfinished writes (same file system, so renames hold)."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.aside = root / "aside"
-        with _as_unavailable("write to"):
-            self.aside.mkdir(parents=True, exist_ok=True)
-        _remove_stale(self.aside)
-
-    def exists(self, key: str) -> bool:
-        return (self.root / key).is_file()
-
-    def size(self, key: str) -> int:
-        return (self.root / key).stat().st_size
-
-    def open(self, key: str) -> IO[bytes]:
-        return (self.root / key).open("rb")
-
-    def local_path(self, key: str) -> Path:
-        path = self.root / key
-        if not path.is_file():
-            raise FileNotFoundError(key)
-        return path
-
-    def write(self, key: str, source: IO[bytes]) -> None:
-        aside = self.aside / secrets.token_hex(16)
-        try:
-            with aside.open("xb") as file:
-                shutil.copyfileobj(source, file, _CHUNK)
-                file.flush()
-                os.fsync(file.fileno())
-            self._publish(aside, key)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-
-    def take(self, key: str, path: Path, move: bool) -> None:
-        # A hard link elsewhere could still change the content under its key, so only a sole owner is renamed.
-        status = path.lstat()
-        if move and not path.is_symlink() and status.st_nlink == 1 and status.st_dev == self.root.stat().st_dev:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            self._publish(path, key)
-            return
-        with path.open("rb") as source:
-            self.write(key, source)
-
-    def _publish(self, aside: Path, key: str) -> None:
-        target = self.root / key
-        new_folders = [folder for folder in (target.parent, target.parent.parent) if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.chmod(0o444)
-        aside.rename(target)
-        _sync_folder(target.parent)
-        for folder in new_folders:
-            _sync_folder(folder.parent)
-
-    def delete(self, key: str) -> None:
-        (self.root / key).unlink()
-
-    def iter_keys(self) -> Iterator[str]:
-        for path in (self.root / "sha256").glob("*/*"):
-            key = f"sha256/{path.parent.name}/{path.name}"
-            if _KEY.fullmatch(key):
-                yield key
-
-    def probe(self, data: bytes) -> None:
-        path = self.aside / f"probe-{secrets.token_hex(8)}"
-        try:
-            path.write_bytes(data)
-            if path.read_bytes() != data:
-                raise OSError(errno.EIO, "what was written reads back differently")
-        finally:
-            path.unlink(missing_ok=True)
-
-
-class _RemoteFiles:
-    """Any fsspec file system; content that is needed as a local file is downloaded once and verified."""
-
-    def __init__(self, fs: Any, root: str, cache_dir: Path) -> None:
-        self.fs = fs
-        self.root = root.rstrip("/")
-        self.cache_dir = cache_dir
-        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        self.is_object_store = bool(protocols & _OBJECT_STORES)
-
-    def _address(self, key: str) -> str:
-        return f"{self.root}/{key}"
-
-    def exists(self, key: str) -> bool:
-        return bool(self.fs.isfile(self._address(key)))
-
-    def size(self, key: str) -> int:
-        return int(self.fs.size(self._address(key)))
-
-    def open(self, key: str) -> IO[bytes]:
-        file: IO[bytes] = self.fs.open(self._address(key), "rb")
-        return file
-
-    def local_path(self, key: str) -> Path:
-        path = self.cache_dir / key
-        if path.is_file():
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        try:
-            self.fs.get_file(self._address(key), str(aside))
-            with aside.open("rb") as file:
-                if image_key(hashlib.file_digest(file, "sha256").hexdigest()) != key:
-                    raise OSError(errno.EIO, f"{key} arrived damaged")
-            aside.rename(path)
-        finally:
-            aside.unlink(missing_ok=True)
-        return path
-
-    def write(self, key: str, source: IO[bytes]) -> None:
-        self._put(key, lambda address: self.fs.pipe_file(address, source.read()))
-
-    def take(self, key: str, path: Path, move: bool) -> None:  # noqa: ARG002 - `put_file` removes what was given away
-        self._put(key, lambda address: self.fs.put_file(str(path), address))
-
-    def _put(self, key: str, upload: Any) -> None:
-        target = self._address(key)
-        if self.is_object_store:
-            upload(target)
-            return
-        aside = self._address(f"aside/{secrets.token_hex(16)}")
-        self.fs.makedirs(f"{self.root}/aside", exist_ok=True)
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        upload(aside)
-        self.fs.mv(aside, target)
-
-    def delete(self, key: str) -> None:
-        self.fs.rm_file(self._address(key))
-        (self.cache_dir / key).unlink(missing_ok=True)
-
-    def iter_keys(self) -> Iterator[str]:
-        with suppress(FileNotFoundError):
-            for address in self.fs.find(f"{self.root}/sha256"):
-                key = "/".join(str(address).rsplit("/", 3)[1:])
-                if _KEY.fullmatch(key):
-                    yield key
-
-    def probe(self, data: bytes) -> None:
-        address = self._address(f"aside/probe-{secrets.token_hex(8)}")
-        if not self.is_object_store:
-            self.fs.makedirs(f"{self.root}/aside", exist_ok=True)
-        self.fs.pipe_file(address, data)
-        try:
-            if self.fs.cat_file(address) != data:
-                raise OSError(errno.EIO, "what was written reads back differently")
-        finally:
-            self.fs.rm_file(address)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Removes what a crash left behind long ago; younger files may still be being written."""
-    for path in folder.iterdir():
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink()

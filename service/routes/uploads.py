@@ -102,8 +102,7 @@ async def upload_images(dataset_id: str, request: Request, parts: PartsDep) -> R
                 batch.append(await run_in_threadpool(_probed, file, class_name, parts))
             except UnreadableImage as error:
                 out.rejected.append(RejectedImage(filename=filename_of(file), reason=error.reason))
-        for upload in batch:
-            await run_in_threadpool(_store, upload, parts)
+        await run_in_threadpool(_store, batch, parts)
         await run_in_threadpool(_record_images, parts, dataset_id, split, batch, out)
     return FastJSON(out.model_dump())
 
@@ -196,9 +195,11 @@ def _probed(file: UploadFile, class_name: str, parts: Parts) -> _Upload:
     return _Upload(file, filename_of(file), class_name, hashlib.sha256(data).hexdigest(), info, len(data))
 
 
-def _store(upload: _Upload, parts: Parts) -> None:
-    upload.file.file.seek(0)
-    parts.store.put_bytes(upload.file.file.read())
+def _store(batch: Sequence[_Upload], parts: Parts) -> None:
+    with parts.store.batch() as put:
+        for upload in batch:
+            upload.file.file.seek(0)
+            put(upload.file.file.read())
 
 
 def _record_images(parts: Parts, dataset_id: str, split: str | None, batch: Sequence[_Upload], out: UploadOut) -> None:

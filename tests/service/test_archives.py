@@ -65,6 +65,22 @@ def test_an_archive_becomes_images_and_a_report(live_api: LiveApi) -> None:
     assert live_api.snapshot()["scratch"] == []
 
 
+def test_the_images_of_an_archive_are_written_together_before_any_is_recorded(
+    live_api: LiveApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset_id, backend = live_api.dataset(), live_api.parts.store._backend
+    job_id = post(live_api, dataset_id, zipped({f"cat/{i}.png": png(i + 800) for i in range(9)})).json()["id"]
+    write_many, written = backend.write_many, []
+
+    def watched(contents: dict[str, bytes]) -> None:
+        write_many(contents)
+        written.append((len(contents), live_api.client.get(f"/v1/datasets/{dataset_id}").json()["n_images"]))
+
+    monkeypatch.setattr(backend, "write_many", watched)
+    assert finish(live_api, job_id)["result"]["n_accepted"] == 9
+    assert written == [(9, 0)]
+
+
 def test_the_same_archive_as_a_form_and_again_changes_nothing(live_api: LiveApi) -> None:
     dataset_id = live_api.dataset()
     data = zipped({"cat/1.png": png(1), "dog/2.png": png(2)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import struct
 import time
@@ -15,7 +16,6 @@ import pytest
 from PIL import Image as Picture
 
 from service.core.artifacts import image_key
-from service.core.errors import Unavailable
 from service.schemas import UploadOut
 from tests.service.harness import LiveApi, checked, encoded, png, problem
 
@@ -232,7 +232,7 @@ def test_a_full_store_answers_503_and_records_nothing(live_api: LiveApi, monkeyp
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(backend, "write", full)
+    monkeypatch.setattr(backend, "write_many", full)
     monkeypatch.setattr(backend, "take", full)
     uploads: tuple[Callable[[], Any], ...] = (
         lambda: upload(live_api, dataset_id, [("a.png", png(77))], class_name="cat"),
@@ -264,23 +264,22 @@ def test_a_scratch_folder_that_cannot_be_written_answers_503(start_api: Callable
     assert (snapshot["rows"]["jobs"], snapshot["artifacts"]) == (0, [])
 
 
-def test_a_store_that_fails_at_the_second_image_records_none(
-    live_api: LiveApi, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("nth", [2, 5])
+def test_a_disk_that_fails_at_any_flush_records_no_image(
+    live_api: LiveApi, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
+    """Three images are at least five flushes: three files, then their folders."""
     dataset_id = live_api.dataset()
-    put, n_calls = live_api.parts.store.put_bytes, 0
+    flushes = iter(range(1, 100))
 
-    def failing(data: bytes) -> str:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 2:
-            raise Unavailable("The artifact store is full; free some space and try again.")
-        return put(data)
+    def failing(descriptor: int) -> None:
+        if next(flushes) == nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(live_api.parts.store, "put_bytes", failing)
-    files = [(f"{i}.png", png(i + 600)) for i in range(3)]
-    problem(upload(live_api, dataset_id, files, class_name="cat"), 503, "full")
-    monkeypatch.undo()
+    files = [(f"{i}.png", png(10 * i + nth)) for i in range(60, 63)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        problem(upload(live_api, dataset_id, files, class_name="cat"), 503, "full")
     assert live_api.client.get(f"/v1/datasets/{dataset_id}").json()["n_images"] == 0
     assert len(upload(live_api, dataset_id, files, class_name="cat").json()["accepted"]) == 3
 

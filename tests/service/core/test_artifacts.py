@@ -108,13 +108,55 @@ def test_a_download_is_verified(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ArtifactStore(str(tmp_path / "store"), tmp_path)
 
-    def full(source: object, target: object, length: int = 0) -> None:
+    def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfileobj", full)
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 1000)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(Unavailable, match="full"):
         store.put_bytes(b"x" * 1000)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(Unavailable, match="full"):
+        store.put_file(source)
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+
+def test_a_batch_flushes_every_file_before_its_name_and_every_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(str(tmp_path / "store"), tmp_path)
+    there_before = store.put_bytes(b"0")
+    flushed: list[int] = []  # inodes
+    named: list[int] = []  # how many names there were at each flush
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        named.append(len(list(store.iter_keys())))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with store.batch() as put:
+        keys = [put(str(i).encode()) for i in [*range(30), *range(30)]]
+        assert list(store.iter_keys()) == [there_before]
+    assert keys[0] == there_before
+    new = {store.local_path(key) for key in keys} - {store.local_path(there_before)}
+    folders = {folder for key in keys for folder in store.local_path(key).parents[:2]} | {tmp_path / "store"}
+    assert len(flushed) == len(new) + len(folders)
+    assert set(flushed[: len(new)]) == {path.stat().st_ino for path in new}
+    assert set(flushed[len(new) :]) == {path.stat().st_ino for path in folders}
+    assert set(named[: len(new)]) == {1}
+    assert set(named[len(new) :]) == {30}
+
+
+def test_a_batch_that_is_given_up_stores_nothing_and_a_long_one_writes_on_the_way(any_store: ArtifactStore) -> None:
+    with pytest.raises(TypeError), any_store.batch() as put:
+        put(put(b"never"))  # type: ignore[arg-type]  # a key is no content
+    assert list(any_store.iter_keys()) == []
+    with any_store.batch() as put:
+        for i in range(600):
+            put(i.to_bytes(2, "big"))
+        n_written = len(list(any_store.iter_keys()))
+    assert 0 < n_written < 600 == len(list(any_store.iter_keys()))
 
 
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
@@ -142,15 +184,18 @@ from service.core.artifacts import ArtifactStore
 store = ArtifactStore(sys.argv[1], Path(sys.argv[1]))
 i = 0
 while True:
-    store.put_bytes(i.to_bytes(4, "big") * 500_000)
-    i += 1
+    with store.batch() as put:
+        for _ in range(int(sys.argv[2])):
+            put(i.to_bytes(4, "big") * 500_000)
+            i += 1
 """
 
 
-def test_a_kill_while_writing_leaves_only_whole_artifacts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", ["1", "4"])
+def test_a_kill_while_writing_leaves_only_whole_artifacts(tmp_path: Path, batch: str) -> None:
     root = tmp_path / "store"
     for n_before in (0, 2, 5):
-        process = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_WRITING, str(root)], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_WRITING, str(root), batch], cwd=ROOT)
         while len(list(root.glob("sha256/*/*"))) <= n_before:
             assert process.poll() is None
             time.sleep(0.001)
