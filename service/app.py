@@ -14,6 +14,7 @@ from service.auth import Authenticator
 from service.core import migrations
 from service.core.artifacts import ArtifactStore
 from service.core.db import Database, make_engine
+from service.core.garbage import Collector
 from service.core.queue import JobQueue, connect
 from service.core.reconciler import Reconciler
 from service.core.settings import Settings
@@ -43,7 +44,7 @@ def make_parts(settings: Settings) -> Parts:
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The API. Its parts exist while it runs; the reconciler runs beside it."""
+    """The API. Its parts exist while it runs; the reconciler and the collector run beside it."""
     settings = settings or Settings()
 
     @asynccontextmanager
@@ -52,12 +53,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         parts = app.state.parts = make_parts(settings)
         migrations.upgrade(parts.database.engine)
         reconciler = Reconciler(parts.database, parts.redis, parts.queue, settings)
+        collector = Collector(parts.database, parts.store, settings)
         stop = Event()
-        thread = Thread(target=reconciler.run, args=(stop,), name="reconciler", daemon=True)
-        thread.start()
+        threads = [Thread(target=part.run, args=(stop,), daemon=True) for part in (reconciler, collector)]
+        for thread in threads:
+            thread.start()
         yield
         stop.set()
-        thread.join(timeout=10)
+        for thread in threads:
+            thread.join(timeout=10)
         await parts.inference.close()
         await parts.async_redis.aclose()
         parts.redis.close()

@@ -4,7 +4,7 @@ A key is `sha256/ab/<64 hex digits>`. A key that exists holds exactly that conte
 the disk and only then given their name, so that a crash at any moment leaves either the whole artifact or none.
 
 Nothing that another process may just have begun to use is deleted outright: `condemn` moves an artifact out of sight,
-to `condemned/<seconds>-<hex>`, from where `pardon` brings it back and `purge` removes it (see `garbage`).
+to a name of its own in `condemned/`, from where `pardon` brings it back and `purge` removes it (see `garbage`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from service.core.artifact_files import Backend, LocalFiles, RemoteFiles
 from service.core.errors import NotFound, Unavailable
 
 _KEY = re.compile(r"sha256/([0-9a-f]{2})/([0-9a-f]{64})")
-_CONDEMNED = re.compile(r"condemned/(\d{1,12})-([0-9a-f]{64})")
+_CONDEMNED = re.compile(r"condemned/(\d{1,12})-([0-9a-f]{64})-[0-9a-f]{16}")
 _BATCH_FILES, _BATCH_BYTES = 512, 64 * 2**20  # what a batch holds in memory before it writes
 
 
@@ -146,7 +146,9 @@ class ArtifactStore:
     def condemn(self, key: str, time: float) -> None:
         """Moves the content out of sight at `time` (Unix); a key that is not there is fine."""
         with _as_unavailable("write to"), suppress(FileNotFoundError):
-            self._backend.move(_checked(key), f"condemned/{int(time)}-{key.rsplit('/', 1)[1]}")
+            # A name that nobody else uses: two that condemn at once must not take each other's file for their own.
+            name = f"{int(time)}-{_checked(key).rsplit('/', 1)[1]}-{secrets.token_hex(8)}"
+            self._backend.move(key, f"condemned/{name}")
 
     def iter_condemned(self) -> Iterator[Condemned]:
         """All that was condemned and neither pardoned nor purged."""
@@ -156,12 +158,9 @@ class ArtifactStore:
                     yield Condemned(path, image_key(match[2]), float(match[1]))
 
     def pardon(self, condemned: Condemned) -> None:
-        """Puts the content back under its key."""
+        """Puts the content back under its key, which must not exist."""
         with _as_unavailable("write to"), suppress(FileNotFoundError):
-            if self._backend.exists(condemned.key):
-                self._backend.delete(condemned.path)
-            else:
-                self._backend.move(condemned.path, condemned.key)
+            self._backend.move(condemned.path, condemned.key)
 
     def purge(self, condemned: Condemned) -> None:
         """Removes the content for good."""

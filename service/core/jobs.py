@@ -202,6 +202,11 @@ def unended_jobs(session: Session, statuses: Sequence[str]) -> list[Job]:
     return list(session.scalars(select(Job).where(Job.status.in_(statuses)).order_by(Job.queued_at, Job.id)))
 
 
+def oldest_unended(session: Session) -> datetime | None:
+    """When the oldest job that has not ended was created."""
+    return session.scalar(select(func.min(Job.created_at)).where(Job.status.not_in(TERMINAL)))
+
+
 def job_view(job: Job, queue_position: int | None) -> dict[str, Any]:
     """The job as the REST contract shows it."""
     return {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from service.core.errors import Conflict, NotFound
@@ -267,3 +267,39 @@ def put_cached_artifact(session: Session, key: str, artifact: str, summary: dict
 def live_workers(session: Session, since: Any) -> list[Worker]:
     """Workers heard of after `since`."""
     return list(session.scalars(select(Worker).where(Worker.heartbeat_at >= since)))
+
+
+# ---- artifacts --------------------------------------------------------------------------------
+
+
+def artifact_keys(session: Session) -> set[str]:
+    """Keys of all artifacts that rows name, but for images (see `stored_contents`). A job needs its own until it
+    has succeeded: one that failed can be tried again."""
+    keys = set(session.scalars(select(FeatureRows.shard).distinct()))
+    keys.update(session.scalars(select(CachedArtifact.artifact)))
+    queries: list[Select[tuple[dict[str, Any]]]] = [
+        select(Dataset.artifacts),
+        select(Knowledge.artifacts),
+        select(EmbeddingSet.artifacts),
+        select(Classifier.artifacts),
+        select(CachedArtifact.summary),
+        select(Job.payload).where(Job.status != "succeeded"),
+    ]
+    for query in queries:
+        for value in session.scalars(query):
+            keys.update(_strings(value))
+    return keys
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def stored_contents(session: Session, sha256s: Sequence[str]) -> set[str]:
+    """Those of `sha256s` that are the content of an image of any dataset."""
+    query = select(Image.sha256).distinct()
+    return {found for part in chunks(sha256s) for found in session.scalars(query.where(Image.sha256.in_(part)))}

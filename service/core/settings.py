@@ -60,6 +60,12 @@ class Settings(BaseSettings):
     lost_after_s: float = Field(15.0, gt=0, description="Silence after which a worker or job counts as lost.")
     reconcile_s: float = Field(3.0, gt=0, description="Interval of the reconciler that re-queues lost jobs.")
     cancel_kill_s: float = Field(8.0, gt=0, description="Time a running job has to heed a cancel before it is killed.")
+    orphan_age_s: float = Field(
+        86_400.0,
+        ge=3600,
+        le=3e9,
+        description="Age at which an artifact that no row names is moved aside; after as long again it is deleted.",
+    )
     idempotency_ttl_s: float = Field(86_400.0, gt=0, description="How long an Idempotency-Key is remembered.")
 
     @cached_property

@@ -70,6 +70,7 @@ class Image(Base):
     __table_args__ = (
         UniqueConstraint("dataset_id", "sha256"),
         Index("ix_images_dataset_class", "dataset_id", "class_name"),
+        Index("ix_images_sha256", "sha256"),
     )
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
