@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import BinaryIO, cast
 
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message, Receive
 
 from service.core.errors import Invalid, TooLarge, UnsupportedMedia
@@ -30,20 +33,43 @@ async def multipart(request: Request, settings: Settings) -> AsyncIterator[FormD
     _, options = parse_options_header(request.headers["content-type"])
     whole = Request(request.scope, _whole(request.receive, options.get(b"boundary", b"")))
     try:
-        form = await whole.form(
-            max_files=settings.max_files_per_request, max_fields=MAX_FIELDS, max_part_size=settings.max_json_bytes
-        )
-    except HTTPException as error:  # starlette's word for a malformed form
-        if "Too many" in error.detail or "exceeded" in error.detail:
+        async with aclosing(whole.stream()) as stream:
+            form = await _Form(request.headers, stream, settings).parse()
+    except MultiPartException as error:
+        if "Too many" in error.message or "exceeded" in error.message:
             raise TooLarge(
-                f"{error.detail} One request takes at most {settings.max_files_per_request} files, {MAX_FIELDS} fields "
-                f"and {settings.max_json_bytes:,} bytes a field; send several."
+                f"{error.message} One request takes at most {settings.max_files_per_request} files, {MAX_FIELDS} "
+                f"fields and {settings.max_json_bytes:,} bytes a field; send several."
             ) from None
-        raise Invalid(f"The multipart body is malformed: {error.detail} Send it whole, with its boundary.") from None
+        raise Invalid(f"The multipart body is malformed: {error.message} Send it whole, with its boundary.") from None
     try:
         yield form
     finally:
         await form.close()
+
+
+class _Form(MultiPartParser):
+    """Keeps large files in the scratch folder, nameless, so that they end with the process. The system's folder for
+    temporary files, where they would lie otherwise, may be small, or memory."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes], settings: Settings) -> None:
+        super().__init__(
+            headers,
+            stream,
+            max_files=settings.max_files_per_request,
+            max_fields=MAX_FIELDS,
+            max_part_size=settings.max_json_bytes,
+        )
+        self._folder = settings.scratch_dir
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        upload = self._current_part.file
+        if upload is not None:
+            upload.file.close()
+            spool = SpooledTemporaryFile(max_size=self.spool_max_size, dir=str(self._folder))  # noqa: SIM115 - the form's
+            self._files_to_close_on_error.append(spool)
+            upload.file = cast(BinaryIO, spool)
 
 
 def _whole(receive: Receive, boundary: bytes) -> Receive:
@@ -94,14 +120,16 @@ async def scratch_copy(source: UploadFile | Request, settings: Settings) -> Asyn
     n_bytes = 0
     try:
         with path.open("wb") as target:
+            fcntl.flock(target, fcntl.LOCK_EX)  # until it is closed; one without a lock was abandoned
             if isinstance(source, Request):
                 async for chunk in source.stream():
                     n_bytes += await run_in_threadpool(target.write, chunk)
             else:
                 while chunk := await source.read(_COPY_BYTES):
                     n_bytes += await run_in_threadpool(target.write, chunk)
-        if n_bytes == 0:
-            raise Invalid("The uploaded file is empty (0 bytes). Send its content.")
-        yield path
+            if n_bytes == 0:
+                raise Invalid("The uploaded file is empty (0 bytes). Send its content.")
+            await run_in_threadpool(target.flush)
+            yield path
     finally:
         path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Any number of these may run at once: every change is a compare-and-set, and a me
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import threading
 import time
@@ -27,7 +28,8 @@ from service.core.settings import Settings
 from service.core.tables import IdempotencyKey, Job, Worker
 
 _TIDY_S = 60.0
-_OLD_UPLOAD_S = 86_400.0
+_OLD_S = 86_400.0
+_UPLOAD_S = 60.0  # more than enough between making an upload's file and locking it
 _LOST = "its worker gave no sign of life any more."
 _log = get_logger(__name__)
 
@@ -157,7 +159,8 @@ class Reconciler:
             session.execute(delete(IdempotencyKey).where(old))
             current = {f"{job.id}-{job.token}" for job in jobs.unended_jobs(session, jobs.ACTIVE)}
         for path in _entries(self._settings.scratch_dir):
-            if path.name not in current and _age_s(path) > _OLD_UPLOAD_S:
+            age_s = _age_s(path)
+            if path.name not in current and (age_s > _OLD_S or (age_s > _UPLOAD_S and _is_abandoned(path))):
                 _remove(path)
 
 
@@ -170,6 +173,18 @@ def _age_s(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether this is an upload's file that no process writes or reads any more: those hold a lock on it."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -91,7 +91,7 @@ async def _from_file(request: Request, parts: Parts) -> Response:
         if not filename.lower().endswith(SUFFIXES):
             raise UnsupportedMedia(f"{filename!r} has none of the suffixes that are read: {', '.join(SUFFIXES)}.")
         async with scratch_copy(files[0], parts.settings) as path:
-            key = await run_in_threadpool(parts.store.put_file, path)
+            key = await run_in_threadpool(parts.store.put_file, path, move=True)
     payload = {"file": key, "filename": filename}
     return await run_in_threadpool(_create, parts, name, kind, payload)
 

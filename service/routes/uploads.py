@@ -278,10 +278,10 @@ async def upload_archive(dataset_id: str, request: Request, parts: PartsDep) -> 
             if len(files) != 1:
                 raise Invalid(f"Send exactly one archive in the field 'file' ({len(files)} found).")
             async with scratch_copy(files[0], parts.settings) as path:
-                key = await run_in_threadpool(parts.store.put_file, path)
+                key = await run_in_threadpool(parts.store.put_file, path, move=True)
     elif content_type in _ARCHIVE_TYPES:
         async with scratch_copy(request, parts.settings) as path:
-            key = await run_in_threadpool(parts.store.put_file, path)
+            key = await run_in_threadpool(parts.store.put_file, path, move=True)
     else:
         raise UnsupportedMedia(
             f"An archive is sent as application/zip, application/x-tar or application/gzip, not {content_type!r}."
@@ -324,7 +324,7 @@ async def upload_features(dataset_id: str, request: Request, parts: PartsDep) ->
             raise Invalid(f"Send one file in the field {twice!r}, not {len(files[twice])}.")
         for name, file in given.items():
             async with scratch_copy(file, parts.settings) as path:
-                keys[name] = await run_in_threadpool(parts.store.put_file, path)
+                keys[name] = await run_in_threadpool(parts.store.put_file, path, move=True)
     return await run_in_threadpool(_submit_import, parts, dataset_id, "import_features", {"files": keys})
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -88,6 +90,18 @@ def test_the_same_archive_as_a_form_and_again_changes_nothing(live_api: LiveApi)
     response = live_api.client.post(f"/v1/datasets/{dataset_id}/archive", files={"file": ("a.zip", data)})
     again = finish(live_api, response.json()["id"])["result"]
     assert (again["n_accepted"], again["n_duplicates"]) == (0, 2)
+
+
+def test_a_large_form_needs_no_other_disk_than_the_data_directory(
+    live_api: LiveApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    dataset_id = live_api.dataset()
+    data = zipped({"cat/1.png": png(91, 1000)})
+    assert len(data) > 2 * 2**20
+    response = live_api.client.post(f"/v1/datasets/{dataset_id}/archive", files={"file": ("a.zip", data)})
+    assert finish(live_api, checked(response, JobOut, 202)["id"])["result"]["n_accepted"] == 1
+    assert live_api.snapshot()["scratch"] == []
 
 
 def test_hostile_entries_are_reported_and_the_rest_comes_in(live_api: LiveApi) -> None:

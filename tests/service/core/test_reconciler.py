@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -166,6 +168,20 @@ def test_leftovers_are_tidied(database: Database, reconciler: Reconciler, settin
         assert [row.key for row in session.query(tables.IdempotencyKey)] == ["new"]
         assert session.query(tables.Worker).count() == 0
     assert sorted(path.name for path in settings.scratch_dir.iterdir()) == sorted([f"{job_id}-1", "fresh"])
+
+
+def test_what_a_killed_upload_left_is_removed_at_the_next_start_and_what_is_being_written_is_not(
+    reconciler: Reconciler, settings: Settings
+) -> None:
+    left, written, young = (settings.scratch_dir / name for name in ("upload-left", "upload-written", "upload-young"))
+    for path in (left, written, young):
+        path.write_bytes(b"part of an archive")
+    for path in (left, written):
+        os.utime(path, (time.time() - 120, time.time() - 120))
+    with written.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        reconciler.step()
+    assert sorted(settings.scratch_dir.iterdir()) == [written, young]
 
 
 def test_without_redis_the_rest_goes_on(database: Database, settings: Settings, clock: Clock) -> None:
