@@ -52,7 +52,13 @@ class Settings(BaseSettings):
     max_classes: int = Field(100_000, ge=1, description="Most class names of one request.")
     max_vector_dim: int = Field(65_536, ge=1, description="Most dimensions of a knowledge vector.")
     max_classify_images: int = Field(64, ge=1, description="Most images of one synchronous classify request.")
-    request_timeout_s: float = Field(120.0, gt=0, description="Longest a request's body may take to arrive.")
+    request_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Longest wait for the next piece of a request's body; the whole of it may take this long and one "
+        "second more for each 1,024 bytes that have arrived. Past either the answer is 408. How long the answer itself "
+        "takes is not limited by it.",
+    )
     inference_timeout_s: float = Field(60.0, gt=0, description="Longest the API waits for the inference process.")
     max_resident_bytes: int = Field(4 * 2**30, ge=1, description="Most bytes of models the inference process keeps.")
     max_attempts: int = Field(3, ge=1, le=100, description="Times a job is tried before it fails for good.")

@@ -125,6 +125,21 @@ def test_a_sender_that_trickles_is_told_to_hurry(start_api: Callable[..., LiveAp
     assert answer.startswith(b"HTTP/1.1 408")
 
 
+def test_each_1024_bytes_that_arrive_buy_a_second(
+    start_api: Callable[..., LiveApi], body_of: Callable[[int], bytes]
+) -> None:
+    api = start_api(request_timeout_s=0.5)
+
+    def slowly(data: bytes) -> Iterator[bytes]:
+        for start in range(0, len(data), 1024):
+            yield data[start : start + 1024]
+            time.sleep(0.3)
+
+    began = time.monotonic()
+    assert api.client.post("/v1/datasets", content=slowly(body_of(4000)), headers=JSON).status_code == 201
+    assert time.monotonic() - began > 2 * api.settings.request_timeout_s
+
+
 def test_a_locked_database_answers_503(start_api: Callable[..., LiveApi], tmp_path: object) -> None:
     api = start_api(reconcile_s=1000)
     engine = api.parts.database.engine
