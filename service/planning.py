@@ -23,7 +23,10 @@ from service.problems import MAX_PROBLEMS
 from service.schemas import EmbeddingSetCreate
 
 MAX_HINTS = 10  # unknown names that are compared with all known ones
-DEFAULT_PATCHES_PER_S = 60.0  # a ResNet-50 on two CPU cores; replaced by a measurement after the first job
+# Rates on two CPU cores, a ResNet-50's and the small network's; replaced by measurements after the first job.
+DEFAULT_PATCHES_PER_S = 60.0
+DEFAULT_TRAINED_PER_S = 200.0
+TRAINING_IMAGE_BYTES = 3 * 96**2  # decoded, as workers hold them while a network is trained from scratch
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Plan:
     unseen_classes: tuple[str, ...] = ()
     n_images: int = 0
     n_patches: int = 0
+    is_trained: bool = False  # whether its network is trained from scratch first
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, pointer: str, message: str) -> None:
@@ -124,6 +128,7 @@ def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCre
             plan.add(pointer, str(error))
     if dataset.kind == "images":
         plan_backbone(plan, params.backbone, settings, "/params/backbone")
+        plan.is_trained = params.backbone.weights == "scratch"
     elif body.method == "vgse" and params.clustering.mode == "finetune":
         plan.add("/params/clustering/mode", "Fine-tuning needs images; this dataset holds features.")
     per_image = 1 if params.patches.method == "whole" or dataset.kind == "features" else params.patches.n_patches
@@ -177,20 +182,32 @@ def _weights_problem(name: str, settings: Settings) -> str | None:
 
 
 def estimate(session: Session, plan: Plan, params: EmbeddingSetParams) -> dict[str, Any]:
-    """Patches, seconds and memory of an embedding job; the rate comes from the last job with this backbone."""
+    """Patches, seconds and memory of an embedding job; the rates come from the last job with this backbone."""
     measured = repositories.measured_rate(session, params.backbone.name)
     rate = measured[1] if measured else DEFAULT_PATCHES_PER_S
     where = f"measured by {measured[0]}" if measured else "a guess for two CPU cores; no finished job to go by"
+    training_s, training_basis = _training_estimate(session, plan, params) if plan.is_trained else (0.0, "")
     return {
         "valid": not plan.problems,
         "problems": [{"pointer": p.pointer, "message": p.message} for p in plan.problems],
         "n_images": plan.n_images,
         "n_patches": plan.n_patches,
-        "seconds": round(plan.n_patches / rate, 1),
-        # features stay on disk; the heads, a batch and the network are what a worker holds
-        "memory_bytes": 1_500_000_000 + 4 * params.clustering.batch_size * (2048 + 4 * params.clustering.n_clusters),
-        "basis": f"{rate:.0f} patches/s, {where}",
+        "seconds": round(plan.n_patches / rate + training_s, 1),
+        # features stay on disk; the heads, a batch, the network and what it is trained on are what a worker holds
+        "memory_bytes": 1_500_000_000
+        + 4 * params.clustering.batch_size * (2048 + 4 * params.clustering.n_clusters)
+        + (plan.n_images * TRAINING_IMAGE_BYTES if plan.is_trained else 0),
+        "basis": f"{rate:.0f} patches/s, {where}{training_basis}",
     }
+
+
+def _training_estimate(session: Session, plan: Plan, params: EmbeddingSetParams) -> tuple[float, str]:
+    """Seconds to train the network from scratch, and how they were found."""
+    measured = repositories.measured_training_rate(session, params.backbone.name)
+    rate = measured or DEFAULT_TRAINED_PER_S
+    seconds = params.scratch.epochs * plan.n_images / rate
+    where = "measured" if measured else "a guess"
+    return seconds, f"; {seconds:.0f} s to train the network at {rate:.0f} images/s, {where}; none if it was before"
 
 
 async def check_knowledge(inference: InferenceClient, knowledge_id: str, plan: Plan, *, required: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from models.params import BackboneParams, EmbeddingSetParams
+from models.params import BackboneParams, EmbeddingSetParams, ScratchParams
 from service.json import storable_json
 
 Item = TypeVar("Item")
@@ -287,6 +287,7 @@ class ClassifierCreate(Body):
     method: str = Field("sje", max_length=64, description="sje or eszsl; see GET /v1/methods.")
     params: dict[str, Any] = Field(default_factory=dict, description="The method's parameters; see GET /v1/methods.")
     backbone: BackboneParams | None = Field(None, description="Default: the embedding set's.")
+    scratch: ScratchParams | None = Field(None, description="How a backbone with weights=scratch is trained.")
     image_size: int | None = Field(None, ge=16, le=1024, description="Side images are resized to; default: the set's.")
     evaluate: bool = Field(True, description="Measure T1 and U, S, H on the dataset's test rows.")
     seed: int = Field(0, ge=0, le=2**31 - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,15 @@ def _train(
     from models.weights import save_state
 
     images, usable = _decoded(context, sha256s)
+    started = time.perf_counter()
     model = train_small_cnn(images, labels[usable], scratch, seed=seed, device=device, on_progress=context.progress)
+    images_per_s = scratch.epochs * len(usable) / (time.perf_counter() - started)
     path = context.scratch_dir / "trained.safetensors"
     save_state(model, path)
     artifact = context.store.put_file(path)
+    summary = {"name": params.name, "n_images": len(usable), "images_per_s": round(images_per_s, 1)}
     with context.database.write() as session:
-        repositories.put_cached_artifact(session, key, artifact, {"name": params.name, "n_images": len(usable)})
+        repositories.put_cached_artifact(session, key, artifact, summary)
     return artifact
 
 

@@ -243,7 +243,8 @@ def _backbone_params(inputs: Inputs) -> tuple[BackboneParams, ScratchParams, int
     asked = inputs.row.request["backbone"]
     used = EmbeddingSetParams.model_validate(inputs.embedding_set.params) if inputs.embedding_set else None
     if asked is not None or used is None:
-        return BackboneParams.model_validate(asked or {}), ScratchParams(), inputs.row.request["seed"]
+        scratch = ScratchParams.model_validate(inputs.row.request.get("scratch") or {})  # older rows lack it
+        return BackboneParams.model_validate(asked or {}), scratch, inputs.row.request["seed"]
     return used.backbone, used.scratch, used.seed
 
 

@@ -234,6 +234,15 @@ def measured_rate(session: Session, backbone: str) -> tuple[str, float] | None:
     return None
 
 
+def measured_training_rate(session: Session, backbone: str) -> float | None:
+    """Images a second at which the newest network of that name was trained from scratch, if one was."""
+    query = select(CachedArtifact).where(CachedArtifact.key.startswith("backbone-"))
+    for row in session.scalars(query.order_by(CachedArtifact.created_at.desc()).limit(50)):
+        if row.summary.get("name") == backbone and row.summary.get("images_per_s"):
+            return float(row.summary["images_per_s"])
+    return None
+
+
 # ---- caches -----------------------------------------------------------------------------------
 
 

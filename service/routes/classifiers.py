@@ -92,6 +92,8 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
             plan_backbone(plan, body.backbone, parts.settings, "/backbone")
         elif dataset.kind == "images" and body.embedding_set_id is None:
             plan.add("/backbone", "With knowledge_id, say which network makes the image features: 'backbone'.")
+        if body.scratch is not None and (body.backbone is None or body.backbone.weights != "scratch"):
+            plan.add("/scratch", "Nothing is trained from scratch: give a 'backbone' with weights 'scratch', too.")
     plan_validation(plan, body.validation_classes, "/validation_classes")
     return plan, params
 
@@ -136,6 +138,7 @@ def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, 
                 "unseen_classes": list(plan.unseen_classes),
                 "validation_classes": body.validation_classes,
                 "backbone": body.backbone.model_dump(mode="json") if body.backbone else None,
+                "scratch": body.scratch.model_dump(mode="json") if body.scratch else None,
                 "image_size": body.image_size,
                 "evaluate": body.evaluate,
                 "seed": body.seed,

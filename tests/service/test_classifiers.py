@@ -8,11 +8,18 @@ import httpx
 import numpy as np
 import pytest
 
+from models import small_cnn
+from models.params import ScratchParams
+from models.small_cnn import train_small_cnn
+from service.core import repositories
 from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
+from tests.service.tasks import finish
+from workers.training import train_classifier
 
 SMALL = {"name": "small_cnn", "weights": "random"}
+SCRATCH = {"name": "small_cnn", "weights": "scratch"}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,35 @@ def test_raw_knowledge_needs_a_backbone(live_api: LiveApi, inputs: dict[str, str
     checked(create(live_api, {**body, "backbone": SMALL}), JobOut, 202)
 
 
+def test_a_network_is_trained_from_scratch_as_asked(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ScratchParams] = []
+
+    def watched(images: Any, labels: Any, params: ScratchParams, **options: Any) -> Any:
+        asked.append(params)
+        return train_small_cnn(images, labels, params, **options)
+
+    monkeypatch.setattr(small_cnn, "train_small_cnn", watched)
+    vectors = {"cat": [1.0, 0.0], "dog": [0.0, 1.0], "zebra": [1.0, 1.0]}
+    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
+    finish(live_api, knowledge["id"])
+    body = {
+        "dataset_id": live_api.filled_dataset({"cat": 4, "dog": 4}),
+        "knowledge_id": knowledge["resource"]["id"],
+        "unseen_classes": ["zebra"],
+        "method": "eszsl",
+        "backbone": SCRATCH,
+        "scratch": {"epochs": 2, "batch_size": 3},
+        "evaluate": False,
+    }
+    for _ in range(2):  # the second one finds the network of the first
+        job = checked(create(live_api, body), JobOut, 202)
+        ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
+        assert ended["status"] == "succeeded", ended["error"]
+    assert asked == [ScratchParams(epochs=2, batch_size=3)]
+    with live_api.parts.database.read() as session:
+        assert (repositories.measured_training_rate(session, "small_cnn") or 0) > 0
+
+
 @pytest.mark.parametrize(
     ("body", "pointer", "words"),
     [
@@ -67,6 +103,9 @@ def test_raw_knowledge_needs_a_backbone(live_api: LiveApi, inputs: dict[str, str
         ({"validation_classes": ["polar_bear"]}, "/validation_classes", "must be seen"),
         ({"backbone": {"name": "resnet51"}}, "/backbone/name", "Did you mean"),
         ({"sed": 1}, "/sed", "Did you mean 'seed'?"),
+        ({"scratch": {"epochs": 3}}, "/scratch", "Nothing is trained from scratch"),
+        ({"scratch": {"epochs": 3}, "backbone": SMALL}, "/scratch", "Nothing is trained from scratch"),
+        ({"scratch": {"epochs": 0}, "backbone": SCRATCH}, "/scratch/epochs", "greater than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_queued(

@@ -11,9 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
-from service.core.tables import EmbeddingSet
+from service import planning
+from service.core.tables import CachedArtifact, EmbeddingSet
 from service.schemas import AddedClass, EmbeddedClass, EmbeddingSetOut, Estimate, JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
+from workers.backbones import TRAINING_SIDE
 
 SMALL = {"backbone": {"name": "small_cnn", "weights": "scratch"}, "clustering": {"n_clusters": 4}}
 
@@ -57,6 +59,27 @@ def test_validate_only_estimates_and_queues_nothing(live_api: LiveApi, inputs: d
         }
     ]
     assert live_api.snapshot() == before
+
+
+def test_the_estimate_counts_the_training_of_a_network(start_api: Callable[..., LiveApi]) -> None:
+    api = start_api()
+    body = {"dataset_id": api.filled_dataset({"cat": 3, "dog": 2}), "knowledge_id": api.knowledge()}
+
+    def estimated(weights: str, epochs: int = 40) -> dict[str, Any]:
+        backbone = {"name": "small_cnn", "weights": weights}
+        params = {**SMALL, "backbone": backbone, "scratch": {"epochs": epochs}}
+        return checked(create(api, {**body, "params": params}, "?validate_only=true"), Estimate)
+
+    untrained, trained = estimated("random"), estimated("scratch")
+    assert trained["seconds"] == pytest.approx(untrained["seconds"] + 40 * 5 / planning.DEFAULT_TRAINED_PER_S, abs=0.1)
+    assert trained["memory_bytes"] - untrained["memory_bytes"] == 5 * 3 * TRAINING_SIDE**2
+    assert "train" not in untrained["basis"]
+    with api.parts.database.write() as session:
+        summary = {"name": "small_cnn", "images_per_s": 2.0}
+        session.add(CachedArtifact(key="backbone-0", artifact="sha256/…", summary=summary))
+    again = estimated("scratch", epochs=60)
+    assert again["seconds"] == pytest.approx(untrained["seconds"] + 60 * 5 / 2.0, abs=0.1)
+    assert "150 s to train the network at 2 images/s, measured" in again["basis"]
 
 
 @pytest.mark.parametrize(
