@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from models.backbone_names import BACKBONE_NAMES
 from models.catalog import get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
+from models.knowledge.base import Resolution
 from models.knowledge.names import normalize_class_name, validate_class_names
 from models.params import BackboneParams, EmbeddingSetParams
 from service.core import repositories
@@ -39,10 +40,18 @@ class Plan:
     n_patches: int = 0
     is_trained: bool = False  # whether its network is trained from scratch first
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     def add(self, pointer: str, message: str) -> None:
         """Notes a problem."""
         self.problems.append(Problem(pointer, message))
+
+    def findings(self) -> dict[str, Any]:
+        """What an estimate says about them."""
+        problems, warnings = (
+            [{"pointer": p.pointer, "message": p.message} for p in found] for found in (self.problems, self.warnings)
+        )
+        return {"valid": not problems, "problems": problems, "warnings": warnings}
 
     def raise_if_invalid(self) -> None:
         """Invalid with all problems, if there are any."""
@@ -188,8 +197,7 @@ def estimate(session: Session, plan: Plan, params: EmbeddingSetParams) -> dict[s
     where = f"measured by {measured[0]}" if measured else "a guess for two CPU cores; no finished job to go by"
     training_s, training_basis = _training_estimate(session, plan, params) if plan.is_trained else (0.0, "")
     return {
-        "valid": not plan.problems,
-        "problems": [{"pointer": p.pointer, "message": p.message} for p in plan.problems],
+        **plan.findings(),
         "n_images": plan.n_images,
         "n_patches": plan.n_patches,
         "seconds": round(plan.n_patches / rate + training_s, 1),
@@ -211,7 +219,8 @@ def _training_estimate(session: Session, plan: Plan, params: EmbeddingSetParams)
 
 
 async def check_knowledge(inference: InferenceClient, knowledge_id: str, plan: Plan, *, required: bool) -> None:
-    """Every class must resolve. Unless `required`, goes on without the inference process: the job checks again."""
+    """Every class must resolve, and should with all of its words. Unless `required`, goes on without the inference
+    process: the job checks again."""
     if plan.problems:
         return
     try:
@@ -228,6 +237,9 @@ async def check_knowledge(inference: InferenceClient, knowledge_id: str, plan: P
         near = entry["suggestions"][:3]
         hint = f" Near entries: {', '.join(map(repr, near))}." if near else ""
         plan.add(where, f"The knowledge source has no vector for {entry['name']!r}.{hint}")
+    partial = [(entry["name"], warning) for entry in found if (warning := Resolution(**entry).warning) is not None]
+    for name, warning in partial[:MAX_PROBLEMS]:
+        plan.warnings.append(Problem("/unseen_classes" if name in unseen else "/seen_classes", warning))
     if len(missing) > MAX_PROBLEMS:
         plan.add(
             "", f"It lacks {len(missing) - MAX_PROBLEMS:,} more; GET /v1/knowledge/{knowledge_id}/lookup tells which."

@@ -163,6 +163,7 @@ class LookupOut(BaseModel):
     knowledge_id: str
     n_found: int
     n_missing: int
+    n_partial: int = Field(description="Found, but without some words of the name: see `missing_tokens`.")
     data: list[ResolutionOut]
 
 
@@ -187,6 +188,7 @@ class Estimate(BaseModel):
 
     valid: bool
     problems: list[dict[str, str]]
+    warnings: list[dict[str, str]] = Field(description="What makes no request invalid, such as half-known names.")
     n_images: int
     n_patches: int
     seconds: float | None
@@ -210,7 +212,7 @@ class EmbeddingSetOut(BaseModel):
     n_unseen: int
     version: int = Field(description="Grows when classes are added live.")
     summary: dict[str, Any] = Field(
-        description="Choice of relation with its reason, cluster report, timings, skipped images."
+        description="Choice of relation with its reason, cluster report, timings, skipped images, warnings."
     )
     job_id: str | None
     created_at: datetime
@@ -304,7 +306,7 @@ class ClassifierOut(BaseModel):
     method: str
     params: dict[str, Any]
     status: Literal["queued", "ready", "failed"]
-    metrics: dict[str, Any] = Field(description="zsl.t1; gzsl.u, s, h; per class; validation choice; curves.")
+    metrics: dict[str, Any] = Field(description="zsl.t1; gzsl.u, s, h; per class; validation choice; curves; warnings.")
     job_id: str | None
     created_at: datetime
 

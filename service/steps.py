@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from models.backbone_names import BACKBONE_NAMES
 from service.cli_output import console, duration, follow, print_rejected, upload_bar
 from service.client import Client, FolderUpload, UnseenError
@@ -106,6 +108,8 @@ def build(client: Client, dataset_id: str, knowledge_id: str, options: EmbedOpti
     if not cost["valid"]:
         problems = "\n  ".join(f"{p['pointer']}: {p['message']}" for p in cost["problems"][:20])
         raise UnseenError(f"The request cannot be fulfilled:\n  {problems}")
+    for warning in cost["warnings"][:20]:
+        console.print(f"[yellow]{escape(warning['message'])}[/]", soft_wrap=True)
     if cost["seconds"]:
         about = f"{cost['n_patches']:,} patches of {cost['n_images']:,} images"
         console.print(f"[dim]{about}, about {duration(cost['seconds'])} ({cost['basis']})[/]")

@@ -21,8 +21,9 @@ from service.core.errors import Invalid, problem_of
 class FakeInference:
     """Answers the API's calls by rules a test can foretell, and remembers them.
 
-    A class name resolves unless it begins with 'unknown'; its vector follows from the name alone; an image that can be
-    read is of the class at the place that its size in bytes tells.
+    A class name resolves unless it begins with 'unknown', and one that begins with 'half' only for its other words; its
+    vector follows from the name alone; an image that can be read is of the class at the place that its size in bytes
+    tells.
     """
 
     def __init__(self, dim: int = 4) -> None:
@@ -84,14 +85,14 @@ class FakeInference:
 
 
 def _resolution(name: str) -> dict[str, Any]:
-    found = not name.startswith("unknown")
+    found, partial = not name.startswith("unknown"), name.startswith("half")
     return {
         "name": name,
         "found": found,
-        "how": "exact" if found else "not found",
-        "tokens": [name] if found else [],
-        "missing_tokens": [] if found else [name],
-        "suggestions": [] if found else ["known"],
+        "how": "partial" if partial else "exact" if found else "not found",
+        "tokens": name.split()[1:] if partial else [name] if found else [],
+        "missing_tokens": ["half"] if partial else [] if found else [name],
+        "suggestions": [] if found and not partial else ["known"],
     }
 
 

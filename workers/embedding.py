@@ -22,7 +22,7 @@ from models.embedding.pipeline import (
     validation_classes,
 )
 from models.errors import TooFewSamples
-from models.knowledge.base import require
+from models.knowledge.base import Resolution, require
 from models.params import BackboneParams, EmbeddingSetParams, PatchParams
 from service.core import repositories
 from service.core.tables import Dataset, EmbeddingClass, EmbeddingSet, Knowledge
@@ -83,7 +83,8 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     device = choose_device(context.settings.device)
     context.progress.set_phases(phases(inputs.params))
     source = open_knowledge(inputs.knowledge, context.store, context.settings)
-    vectors = require(source.lookup([*inputs.seen, *inputs.unseen]), field="unseen_classes")
+    lookup = source.lookup([*inputs.seen, *inputs.unseen])
+    vectors = require(lookup, field="unseen_classes")
     knowledge_seen, knowledge_unseen = vectors[: len(inputs.seen)], vectors[len(inputs.seen) :]
     if inputs.dataset.kind == "features":
         tables, backbone = _feature_tables(context, inputs), None
@@ -102,8 +103,8 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     result.save(directory)
     files = put_directory(context, directory) | tables.files
     files["splits.npz"] = context.store.put_bytes(splits_npz(inputs.rows, [*inputs.seen, *inputs.unseen]))
-    classes = class_rows(inputs.row.id, result.embedder, inputs.unseen, knowledge_unseen)
-    return _publisher(inputs, tables, result, files, classes)
+    classes = class_rows(inputs.row.id, result.embedder, lookup.resolutions[len(inputs.seen) :], knowledge_unseen)
+    return _publisher(inputs, tables, result, files, classes, lookup.warnings)
 
 
 def _fitted(
@@ -166,12 +167,14 @@ def _publisher(
     result: EmbeddingResult,
     files: dict[str, str],
     classes: list[EmbeddingClass],
+    warnings: list[str],
 ) -> Publisher:
     summary = {
         **tables.report,
         **result.report(),
         "n_images": len(tables.images.labels),
         "n_patches": len(tables.patches.image_index),
+        "warnings": warnings[:MAX_REPORTED],
     }
 
     def publish(session: Session) -> dict[str, Any]:
@@ -187,6 +190,7 @@ def _publisher(
             "n_unseen": len(inputs.unseen),
             "relation": summary["relation"]["name"],
             "n_skipped_images": summary["n_skipped_images"],
+            "n_warnings": len(warnings),
         }
 
     return publish
@@ -290,7 +294,7 @@ def _feature_tables(context: TaskContext, inputs: Inputs) -> Tables:
 
 
 def class_rows(
-    set_id: str, embedder: ClassEmbedder, unseen: Sequence[str], knowledge_unseen: FloatArray
+    set_id: str, embedder: ClassEmbedder, unseen: Sequence[Resolution], knowledge_unseen: FloatArray
 ) -> list[EmbeddingClass]:
     """A database row for every class: seen ones first, then unseen ones with the seen classes that make them up."""
     rows = [
@@ -306,24 +310,26 @@ def class_rows(
     ]
     if len(unseen):
         vectors, relations = embedder.embed(knowledge_unseen)
-        for name, vector, relation in zip(unseen, vectors, relations, strict=True):
+        for resolution, vector, relation in zip(unseen, vectors, relations, strict=True):
             rows.append(
                 EmbeddingClass(
                     embedding_set_id=set_id,
-                    name=name,
+                    name=resolution.name,
                     position=len(rows),
                     is_seen=False,
                     vector=vector_bytes(vector),
-                    provenance=provenance(embedder, relation),
+                    provenance=provenance(embedder, relation, resolution),
                 )
             )
     return rows
 
 
-def provenance(embedder: ClassEmbedder, relation: FloatArray) -> dict[str, Any]:
-    """How an unseen class's vector came about: the relation and the seen classes with the largest coefficients."""
+def provenance(embedder: ClassEmbedder, relation: FloatArray, resolution: Resolution) -> dict[str, Any]:
+    """How an unseen class's vector came about: what the knowledge source knew of its name, the relation, and the seen
+    classes with the largest coefficients."""
     return {
         "source": "relation",
+        "knowledge": resolution.how,
         "relation": embedder.relation,
         "form": embedder.params.form,
         "contributions": [

@@ -93,11 +93,11 @@ class Library:
         embedder: ClassEmbedder = self._cache.get(f"embedder:{set_id}", lambda: self._open_embedder(set_id))
         if relation is not None and relation != embedder.relation:
             embedder = dataclasses.replace(embedder, relation=relation)  # type: ignore[arg-type]
-        knowledge = require(self.lookup(row.knowledge_id, names), field="class_names")
-        vectors, relations = embedder.embed(knowledge)
+        lookup = self.lookup(row.knowledge_id, names)
+        vectors, relations = embedder.embed(require(lookup, field="class_names"))
         return [
-            NewClass(name, vector_bytes(vector), provenance(embedder, coefficients))
-            for name, vector, coefficients in zip(names, vectors, relations, strict=True)
+            NewClass(resolution.name, vector_bytes(vector), provenance(embedder, coefficients, resolution))
+            for resolution, vector, coefficients in zip(lookup.resolutions, vectors, relations, strict=True)
         ]
 
     def competing(self, classifier_id: str, scope: str, class_names: Sequence[str] | None) -> Competing:
@@ -154,8 +154,12 @@ class Library:
         if row.embedding_set_id is not None:
             classes = self.relate(row.embedding_set_id, names)
             return [(np.frombuffer(c.vector, dtype="<f4"), c.provenance) for c in classes]
-        vectors = require(self.lookup(row.knowledge_id or "", names), field="class_names")
-        return [(vector, {"source": "knowledge"}) for vector in vectors]
+        lookup = self.lookup(row.knowledge_id or "", names)
+        vectors = require(lookup, field="class_names")
+        return [
+            (vector, {"source": "knowledge", "knowledge": resolution.how})
+            for vector, resolution in zip(vectors, lookup.resolutions, strict=True)
+        ]
 
     # ---- loading --------------------------------------------------------------------------------
 

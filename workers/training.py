@@ -22,7 +22,7 @@ from models.zero_shot.base import EmbeddingsOf, create_classifier
 from service.core import repositories
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
-from workers.embedding import class_numbers, whole_image
+from workers.embedding import MAX_REPORTED, class_numbers, whole_image
 from workers.features import image_features
 from workers.imports import put_directory, read_feature_files
 from workers.rows import split_rows
@@ -68,7 +68,7 @@ def train_classifier(context: TaskContext) -> Publisher:
     seed_everything(request["seed"])
     device = choose_device(context.settings.device)
     context.progress.set_phases(PHASES)
-    embeddings = _class_embeddings(context, inputs)
+    embeddings, warnings = _class_embeddings(context, inputs)
     tables = _features(context, inputs, device)
     validation = _validation_classes(inputs)
     params = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
@@ -91,6 +91,7 @@ def train_classifier(context: TaskContext) -> Publisher:
         "n_skipped_images": tables.n_skipped,
         "backbone": tables.backbone,
         "image_size": _image_size(inputs),
+        "warnings": warnings[:MAX_REPORTED],
     }
     if request["evaluate"]:
         classes = ClassTable((*inputs.seen, *inputs.unseen), embeddings, _is_seen(inputs))
@@ -141,16 +142,16 @@ def _read_inputs(context: TaskContext) -> Inputs:
         )
 
 
-def _class_embeddings(context: TaskContext, inputs: Inputs) -> FloatArray:
-    """(seen + unseen, E): the embedding set's vectors, or the knowledge vectors as they are."""
+def _class_embeddings(context: TaskContext, inputs: Inputs) -> tuple[FloatArray, list[str]]:
+    """(seen + unseen, E): the embedding set's vectors, or the knowledge vectors as they are; warnings about them."""
     names = [*inputs.seen, *inputs.unseen]
     if inputs.embedding_set is not None:
         missing = [name for name in names if name not in inputs.stored_vectors]
         if missing:
             raise InvalidInput(f"The embedding set has no class {missing[0]!r}.", field="unseen_classes")
-        return np.stack([np.frombuffer(inputs.stored_vectors[name], dtype="<f4") for name in names])
-    source = open_knowledge(inputs.knowledge, context.store, context.settings)
-    return require(source.lookup(names), field="unseen_classes")
+        return np.stack([np.frombuffer(inputs.stored_vectors[name], dtype="<f4") for name in names]), []
+    lookup = open_knowledge(inputs.knowledge, context.store, context.settings).lookup(names)
+    return require(lookup, field="unseen_classes"), lookup.warnings
 
 
 def _validation_classes(inputs: Inputs) -> tuple[str, ...]:

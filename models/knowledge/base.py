@@ -32,6 +32,21 @@ class Resolution:
     missing_tokens: tuple[str, ...] = ()
     suggestions: tuple[str, ...] = ()
 
+    @property
+    def warning(self) -> str | None:
+        """What to know about a vector that leaves out some words of the name; None for all others."""
+        if not self.found or not self.missing_tokens:
+            return None
+        near = f" Near entries: {_quoted(self.suggestions)}." if self.suggestions else ""
+        return (
+            f"Of {self.name!r} the knowledge source knows {_quoted(self.tokens)} but not {_quoted(self.missing_tokens)}"
+            f", so its vector says nothing about the latter.{near}"
+        )
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return ", ".join(map(repr, words))
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -50,6 +65,11 @@ class Lookup:
     def partial(self) -> tuple[Resolution, ...]:
         """The names whose vector leaves out some of their words."""
         return tuple(r for r in self.resolutions if r.found and r.missing_tokens)
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence about each of `partial`."""
+        return [r.warning for r in self.resolutions if r.warning is not None]
 
 
 class KnowledgeSource(Protocol):

@@ -92,8 +92,7 @@ async def create_embedding_set(
     plan, cost = await run_in_threadpool(_plan, parts, body)
     await check_knowledge(parts.inference, body.knowledge_id, plan, required=validate_only)
     if validate_only:
-        found = [{"pointer": p.pointer, "message": p.message} for p in plan.problems]
-        return FastJSON({**cost, "valid": not found, "problems": found})
+        return FastJSON({**cost, **plan.findings()})
     plan.raise_if_invalid()
     return await run_in_threadpool(_create, parts, body, plan)
 

@@ -184,15 +184,15 @@ async def lookup(
         list[str], Query(min_length=1, max_length=1000, description="Repeat; or once, separated by commas.")
     ],
 ) -> Response:
-    """Which class names resolve, and how; near entries for those that do not."""
+    """Which class names resolve, and how; near entries for those that do not, or only for some of their words."""
     wanted = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
     validate_class_names(wanted, field="names")
     await run_in_threadpool(ready_knowledge, parts, knowledge_id)
     found = (await parts.inference.lookup(knowledge_id, wanted))["resolutions"]
     n_found = sum(entry["found"] for entry in found)
-    return FastJSON(
-        {"knowledge_id": knowledge_id, "n_found": n_found, "n_missing": len(found) - n_found, "data": found}
-    )
+    n_partial = sum(entry["found"] and bool(entry["missing_tokens"]) for entry in found)
+    counts = {"n_found": n_found, "n_missing": len(found) - n_found, "n_partial": n_partial}
+    return FastJSON({"knowledge_id": knowledge_id, **counts, "data": found})
 
 
 def ready_knowledge(parts: Parts, knowledge_id: str) -> Knowledge:

@@ -61,6 +61,16 @@ def test_validate_only_estimates_and_queues_nothing(live_api: LiveApi, inputs: d
     assert live_api.snapshot() == before
 
 
+def test_a_name_that_is_known_by_some_of_its_words_is_warned_of(live_api: LiveApi, inputs: dict[str, str]) -> None:
+    answer = create(live_api, {**inputs, "unseen_classes": ["half known fox", "zebra"]}, "?validate_only=true")
+    cost = checked(answer, Estimate)
+    assert (cost["valid"], cost["problems"]) == (True, [])
+    message = "Of 'half known fox' the knowledge source knows 'known', 'fox' but not 'half', so its vector says nothing"
+    assert cost["warnings"] == [
+        {"pointer": "/unseen_classes", "message": f"{message} about the latter. Near entries: 'known'."}
+    ]
+
+
 def test_the_estimate_counts_the_training_of_a_network(start_api: Callable[..., LiveApi]) -> None:
     api = start_api()
     body = {"dataset_id": api.filled_dataset({"cat": 3, "dog": 2}), "knowledge_id": api.knowledge()}

@@ -133,9 +133,9 @@ def test_malformed_json(live_api: LiveApi) -> None:
 def test_lookup_tells_what_resolves(live_api: LiveApi) -> None:
     knowledge_id = live_api.knowledge()
     url = f"/v1/knowledge/{knowledge_id}/lookup"
-    body = checked(live_api.client.get(f"{url}?names=cat, unknownish"), LookupOut)
-    assert (body["n_found"], body["n_missing"]) == (1, 1)
-    assert [entry["name"] for entry in body["data"]] == ["cat", "unknownish"]
+    body = checked(live_api.client.get(f"{url}?names=cat, unknownish, half fox"), LookupOut)
+    assert (body["n_found"], body["n_missing"], body["n_partial"]) == (2, 1, 1)
+    assert [entry["name"] for entry in body["data"]] == ["cat", "unknownish", "half fox"]
     assert body["data"][1]["suggestions"] == ["known"]
     with_comma = live_api.client.get(url, params={"names": ["keyboard, keypad", "cat"]}).json()
     assert [entry["name"] for entry in with_comma["data"]] == ["keyboard, keypad", "cat"]

@@ -103,6 +103,9 @@ def test_a_missing_word_of_a_name_is_told(index: WordVectorIndex) -> None:
     assert lookup.resolutions[0].how == "partial: bear (without grizzly)"
     assert lookup.resolutions[0].missing_tokens == ("grizzly",)
     assert lookup.partial == lookup.resolutions
+    (warning,) = lookup.warnings
+    assert warning.startswith("Of 'grizzly bear' the knowledge source knows 'bear' but not 'grizzly', so")
+    assert index.lookup(["polar bear", "bear", "qqq"]).warnings == []
     np.testing.assert_array_equal(require(lookup)[0], WORDS["bear"])
     with pytest.raises(MissingKnowledge, match="grizzly bear"):
         require(lookup, allow_partial=False)
