@@ -1,4 +1,4 @@
-"""What every request passes through: request id, authentication, body limits with a time limit."""
+"""What every request passes through: request id, authentication, rate limit, body limits with a time limit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.auth import Authenticator
+from service.auth import ANONYMOUS, Authenticator
 from service.core.errors import Invalid, TooLarge, TooSlow
 from service.core.settings import Settings
 from service.problems import problem_response
+from service.rate_limit import RateLimiter
 
 log = structlog.get_logger("unseen.access")
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
@@ -31,6 +32,7 @@ class Gate:
         self.app = app
         self.settings = settings
         self.authenticator = authenticator
+        self.rate_limiter = RateLimiter(settings.rate_limit_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +57,8 @@ class Gate:
                 scope["method"], scope["path"], headers.get(b"authorization"), headers.get(b"x-api-key")
             )
             scope.setdefault("state", {})["caller"] = caller
+            if caller != ANONYMOUS:
+                self.rate_limiter.take(caller)
             if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
                 raise Invalid("The address holds a NUL character (%00). Remove it.")
             limit = self.limit_of(scope["path"], headers.get(b"content-type", "").lower())

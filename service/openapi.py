@@ -15,6 +15,7 @@ from service.core.errors import (
     Conflict,
     Forbidden,
     Invalid,
+    RateLimited,
     ServiceError,
     TooLarge,
     TooSlow,
@@ -56,7 +57,7 @@ IDEMPOTENCY_KEY: dict[str, Any] = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 200},
 }
 # An answer that any v1 route can give; the second row, any POST.
-EVERY_ROUTE: tuple[type[ServiceError], ...] = (Unauthorized, Forbidden, Invalid, Unavailable)
+EVERY_ROUTE: tuple[type[ServiceError], ...] = (Unauthorized, Forbidden, Invalid, RateLimited, Unavailable)
 EVERY_POST: tuple[type[ServiceError], ...] = (Conflict, TooSlow, TooLarge)
 
 

@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     api_keys: str = Field(
         "", description="Comma-separated name:sha256-of-key:scopes, scopes joined by + (read, write, admin)."
     )
+    rate_limit_per_minute: int = Field(
+        0, ge=0, description="Requests that each API key may make to one API process in a minute; 0: no limit."
+    )
     inference_url: str = Field(
         "", description="http:// or unix:// address of the inference process; empty: embedded socket."
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from service.app import create_app
 from service.auth import Authenticator, parse_keys
+from service.core.errors import RateLimited
 from service.core.settings import Settings
+from service.rate_limit import RateLimiter
 from tests.service.harness import LiveApi, problem
 
 
@@ -37,6 +40,46 @@ def test_who_may_do_what(api: LiveApi) -> None:
     problem(api.client.post("/v1/datasets", headers=headers, json={"name": "d"}), 403, "scope 'write'")
     assert api.client.get("/v1/datasets", headers={"X-API-Key": "ann-key"}).status_code == 200
     assert api.client.get("/v1/datasets", headers={"Authorization": "bearer ann-key"}).status_code == 200
+
+
+def test_a_key_past_its_rate_waits_and_others_do_not(start_api: Callable[..., LiveApi]) -> None:
+    api = start_api(api_keys=KEYS, rate_limit_per_minute=3)
+    ann, root = ({"Authorization": f"Bearer {key}"} for key in ("ann-key", "r"))
+    assert [api.client.get("/v1/datasets", headers=ann).status_code for _ in range(3)] == [200] * 3
+    response = api.client.get("/v1/datasets", headers=ann)
+    assert problem(response, 429, "3 requests a minute")["type"] == "urn:unseen:problem:rate-limited"
+    assert 1 <= int(response.headers["retry-after"]) <= 20
+    assert api.client.get("/v1/datasets", headers=root).status_code == 200
+    assert [api.client.get("/healthz").status_code for _ in range(5)] == [200] * 5
+    problem(api.client.get("/v1/datasets", headers={"Authorization": "Bearer nobody"}), 401)
+
+
+def test_a_bucket_refills_evenly_and_never_overflows() -> None:
+    now = 0.0
+    limiter = RateLimiter(60, clock=lambda: now)
+
+    def allowed(n: int) -> int:
+        n_allowed = 0
+        for _ in range(n):
+            with suppress(RateLimited):
+                limiter.take("ann")
+                n_allowed += 1
+        return n_allowed
+
+    assert allowed(70) == 60
+    now += 5
+    assert allowed(70) == 5
+    now += 0.6
+    with pytest.raises(RateLimited) as refused:
+        limiter.take("ann")
+    assert refused.value.retry_after_s == 1
+    now += refused.value.retry_after_s
+    assert allowed(2) == 1
+    now += 10_000
+    assert allowed(70) == 60
+    free = RateLimiter(0)
+    for _ in range(1000):
+        free.take("ann")
 
 
 @pytest.mark.parametrize(
