@@ -1,11 +1,13 @@
-"""Stand-ins with exact answers. Only what cannot run in a test process's seconds is faked: the inference process."""
+"""Stand-ins with exact answers: the inference process, which cannot run in a test's seconds, and hostile servers."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import numpy as np
 import orjson
 from starlette.applications import Starlette
@@ -15,6 +17,7 @@ from starlette.routing import Route
 
 from models.data.images import probe_image
 from models.errors import UnreadableImage
+from service.client import Client
 from service.core.errors import Invalid, problem_of
 
 
@@ -114,3 +117,10 @@ def _predictions(image: bytes, options: dict[str, Any]) -> dict[str, Any]:
 
 def _json(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
+
+
+def answering(handler: Callable[[httpx.Request], httpx.Response], **options: Any) -> Client:
+    """A client whose requests `handler` answers; it never sleeps long."""
+    client = Client("http://service.test", transport=httpx.MockTransport(handler), **options)
+    client._http._sleep = lambda _: None
+    return client
