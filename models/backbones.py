@@ -74,7 +74,7 @@ class Backbone:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.module.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.module.to(self.device).to(memory_format=torch.channels_last).eval()
         probe = torch.zeros((1, 3, self.input_size, self.input_size), dtype=torch.uint8)
         with self._captured_map() as captured:
             self.feature_dim = self.features(probe).shape[1]

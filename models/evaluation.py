@@ -82,7 +82,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
 
 def per_class_accuracy(predicted: IntArray, labels: IntArray, classes: Sequence[int] | IntArray) -> FloatArray:

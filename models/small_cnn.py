@@ -62,7 +62,8 @@ class SmallCNN(nn.Module):
 
     def spatial(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 256, ceil(h / 16), ceil(w / 16))."""
-        return self.project(self.stages(self.stem(x)))  # type: ignore[no-any-return]
+        features: Tensor = self.project(self.stages(self.stem(x)))
+        return features
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 256): the mean of `spatial` over its places."""
@@ -93,7 +94,7 @@ def train_small_cnn(
         torch.manual_seed(seed)
         model = SmallCNN()
         head = nn.Linear(FEATURE_DIM, n_classes)
-    network = nn.Sequential(model, head).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = nn.Sequential(model, head).to(device).to(memory_format=torch.channels_last).train()
     batch_size = min(params.batch_size, len(targets))
     n_batches = len(targets) // batch_size  # the rest of each shuffle waits for another epoch: no batch of one image
     optimizer = torch.optim.AdamW(network.parameters(), lr=params.learning_rate, weight_decay=0.05)
@@ -108,7 +109,7 @@ def train_small_cnn(
             logits = network(x)
             loss = F.cross_entropy(logits, y, label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             optimizer.step()
             schedule.step()
             total_loss += loss.item()

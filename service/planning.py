@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from models.backbone_names import BACKBONE_NAMES
-from models.catalog import get_method
+from models.catalog import Kind, get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
 from models.knowledge.base import Resolution
 from models.knowledge.names import normalize_class_name, validate_class_names
@@ -130,9 +130,13 @@ def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCre
     params: EmbeddingSetParams = body.params
     sizes = dataset_class_sizes(session, dataset)
     plan_classes(plan, sizes, body.seen_classes, body.unseen_classes, settings.max_classes)
-    for pointer, name, kind in (("/method", body.method, "embedding"), ("/relation", body.relation, "relation")):
+    named: list[tuple[str, str, Kind]] = [
+        ("/method", body.method, "embedding"),
+        ("/relation", body.relation, "relation"),
+    ]
+    for pointer, name, kind in named:
         try:
-            get_method(name, kind)  # type: ignore[arg-type]
+            get_method(name, kind)
         except UnknownName as error:
             plan.add(pointer, str(error))
     if dataset.kind == "images":

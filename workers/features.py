@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def _compute(
 
 def _sources(context: TaskContext, sha256s: Sequence[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     for sha256 in sha256s:
-        yield sha256, lambda key=image_key(sha256): context.store.read_bytes(key)  # type: ignore[misc]
+        yield sha256, partial(context.store.read_bytes, image_key(sha256))
 
 
 def _write_shard(context: TaskContext, spec: str, shard: Sequence[ImageFeatures]) -> None:

@@ -92,7 +92,7 @@ class JobWorker(Worker):
     def register_birth(self) -> None:
         """Registers in Redis, over what an earlier connection of the same process may have left there."""
         self.connection.delete(self.key)
-        super().register_birth()  # type: ignore[no-untyped-call]
+        super().register_birth()  # type: ignore[no-untyped-call]  # RQ has no types
 
     def teardown(self) -> None:
         """Leaves Redis, also when it is away: a listener that stayed would come back with it."""
@@ -100,7 +100,7 @@ class JobWorker(Worker):
             self.pubsub_thread.stop()
         for leave in (self.register_death, self.unsubscribe):
             with suppress(redis.exceptions.RedisError):
-                leave()  # type: ignore[no-untyped-call]
+                leave()  # type: ignore[no-untyped-call]  # RQ has no types
 
     def run_maintenance_tasks(self) -> None:
         """Nothing: the reconciler looks after lost jobs, and RQ's own way would run callbacks named in Redis."""

@@ -105,10 +105,11 @@ def draw_stroke(draw: ImageDraw.ImageDraw, points: Sequence[Point], width: float
 
 def bend(start: Point, control: Point, end: Point, steps: int = 14) -> list[Point]:
     """A quadratic Bezier curve as points."""
-    return [
-        tuple((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t * t * c for a, b, c in zip(start, control, end, strict=True))  # type: ignore[misc]
-        for t in (i / steps for i in range(steps + 1))
-    ]
+
+    def at(t: float, axis: int) -> float:
+        return (1 - t) ** 2 * start[axis] + 2 * t * (1 - t) * control[axis] + t * t * end[axis]
+
+    return [(at(i / steps, 0), at(i / steps, 1)) for i in range(steps + 1)]
 
 
 # ---------------------------------------------------------------- bodies

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class WordVectorFile:
         try:
             self._stream: IO[bytes] = self._raw
             if self._raw.read(2) == b"\x1f\x8b":
-                self._stream = gzip.GzipFile(fileobj=self._raw, mode="rb")  # type: ignore[assignment]
+                self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=self._raw, mode="rb"))
             self._raw.seek(0)
             self._n_read = 0
             self._head = self._read()
