@@ -143,7 +143,7 @@ class _Assembly:
             pixels = torch.cat(self.patches)
             n_full = len(pixels) // self.size * self.size
             self.patches, self.n_patches = [pixels[n_full:]], len(pixels) - n_full
-            yield from pixels[:n_full].split(self.size)  # type: ignore[no-untyped-call]
+            yield from pixels[:n_full].split(self.size)  # type: ignore[no-untyped-call]  # torch gives it no types
 
     def last_batch(self) -> Iterator[Tensor]:
         if self.n_patches:

@@ -59,8 +59,9 @@ def cut_patches(image: NDArray[np.uint8], boxes: Boxes, size: int) -> torch.Tens
 def segment(image: NDArray[np.uint8], n_segments: int, compactness: float) -> NDArray[np.int32]:
     """Labels (h, w) from 1 on of about `n_segments` compact watershed segments of the image's gradient."""
     height, width = image.shape[:2]
-    gradient = sobel(rgb2gray(image))  # type: ignore[no-untyped-call]
+    gradient = sobel(rgb2gray(image))  # type: ignore[no-untyped-call]  # scikit-image has no types
     n_markers = min(n_segments, height * width)
+    # Scikit-image has no types.
     labels = watershed(gradient, markers=n_markers, compactness=compactness)  # type: ignore[no-untyped-call]
     return np.asarray(labels, dtype=np.int32)
 

@@ -50,7 +50,7 @@ def train_epoch(
     for anchors in torch.tensor_split(order, n_steps):
         losses = _losses(heads, patches, anchors, patches.neighbours.sample(anchors, generator), params)
         optimizer.zero_grad(set_to_none=True)
-        losses[0].backward()  # type: ignore[no-untyped-call]
+        losses[0].backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         optimizer.step()
         sums += losses.detach()
     return dict(zip(LOSS_NAMES, (sums / n_steps).tolist(), strict=True))

@@ -74,7 +74,7 @@ class SJE(ZeroShotModel):
             for rows in torch.split(order, params.batch_size):
                 step_loss = self._loss(features[rows], labels[rows], embeddings)
                 optimizer.zero_grad()
-                step_loss.backward()  # type: ignore[no-untyped-call]
+                step_loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
                 optimizer.step()
                 loss += step_loss.item() * len(rows) / len(features)
             yield {"epoch": float(epoch), "loss": loss}
