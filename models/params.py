@@ -84,12 +84,18 @@ class KMeansParams(Params):
     max_iterations: int = Field(100, ge=1, le=10_000, description="Lloyd iterations at most.")
 
 
+ALL_NEIGHBORS = 10_000
+"""So many neighbours that WAvg averages over every seen class; also the most that can be asked for."""
+
+
 class RelationParams(Params):
     """How unseen classes are composed of seen ones (VGSE section 3.2)."""
 
     alpha: Literal[-1, 0] = Field(0, description="SMO's lower bound on a coefficient (Eq. 11).")
     ridge: float = Field(1e-6, ge=0, le=1e3, description="SMO: ridge on the coefficients; keeps the answer unique.")
-    n_neighbors: int = Field(5, ge=1, le=10_000, description="WAvg: nearest seen classes (Eq. 9).")
+    n_neighbors: int = Field(
+        5, ge=1, le=ALL_NEIGHBORS, description="WAvg: nearest seen classes (Eq. 9); 10000: all of them."
+    )
     eta: float = Field(5.0, ge=0, le=1e3, description="WAvg: fall-off of the weight with distance (Eq. 10).")
     form: Literal["plain", "centred", "fused"] = Field(
         "plain",
@@ -121,11 +127,11 @@ class SJEParams(Params):
     )
     epochs: int = Field(100, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a step.")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size.")
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="Adam's step size.")
     weight_penalty: float = Field(0.0, ge=0, le=10, description="Weight of ||W||_F in the loss.")
     scale: float = Field(1.0, gt=0, le=1000, description="Multiplies the scores before the softmax (temperature).")
     normalize: Literal["centered", "minmax", "l2", "none"] = Field(
-        "minmax", description="Scaling of the image features."
+        "centered", description="Scaling of the image features."
     )
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes, then refit on all.")
     patience: int = Field(20, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")

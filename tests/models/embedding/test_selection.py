@@ -101,11 +101,11 @@ def test_of_equal_candidates_the_preferred_one_is_chosen() -> None:
     assert select_relation(*problem(), candidates=[SMO, twin]).params == SMO.params
 
 
-def test_within_one_standard_error_the_preferred_one_is_kept_and_the_reason_says_so() -> None:
+def test_what_chance_explains_leaves_the_preferred_one_and_the_reason_says_so() -> None:
     per_class = np.array([[0.5, 0.6, 0.4, 0.5], [0.9, 0.4, 0.5, 0.5]])  # better on average by luck in one class
     choice = _choose([SMO, ONE_NEIGHBOUR], per_class, 8)
     assert choice.params == SMO.params
-    assert "within one standard error" in choice.reason
+    assert "no more than chance over classes explains" in choice.reason
     surely = _choose([SMO, ONE_NEIGHBOUR], np.array([[0.5, 0.6, 0.4, 0.5], [0.9, 0.9, 0.8, 0.9]]), 8)
     assert surely.params == ONE_NEIGHBOUR.params
     assert surely.table[0].deficit == pytest.approx(0.375)
