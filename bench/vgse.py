@@ -44,9 +44,9 @@ def columns() -> dict[str, Json | None]:
         "α=-1": {**smo, **relation(alpha=-1)},
         f"α=-1, ridge {RIDGE}": {**smo, **relation(alpha=-1, ridge=RIDGE)},
         "WAvg": {"relation": "wavg"},
-        "SMO centred": {**smo, **relation(form="centred")},
-        "SMO fused": {**smo, **relation(form="fused", ridge=RIDGE)},
-        "WAvg fused": {"relation": "wavg", **relation(form="fused")},
+        "SMO α=0, ridge 1, centred": {**smo, **relation(form="centred", ridge=1.0)},
+        "the same, fused": {**smo, **relation(form="fused", ridge=1.0)},
+        "WAvg of all, η=10, fused": {"relation": "wavg", **relation(form="fused", n_neighbors=10_000, eta=10.0)},
         "auto": {"relation": "auto"},
     }
 
