@@ -145,12 +145,28 @@ def groups(n_classes: int, n_groups: int) -> list[IntArray]:
 class Group:
     """One group of classes left out: composes vectors for them and scores these."""
 
-    def __init__(self, photos: Photos, knowledge: FloatArray, left_out: IntArray) -> None:
-        kept = np.setdiff1d(np.arange(len(photos.class_names)), left_out)
-        self.patches, self.images = photos.of(kept)
-        self.knowledge, self.asked = knowledge[kept], knowledge[left_out]
+    def __init__(self, photos: Photos, left_out: IntArray, seed: int) -> None:
+        self._left_out = left_out
+        self._kept = np.setdiff1d(np.arange(len(photos.class_names)), left_out)
+        self.patches, self.images = photos.of(self._kept)
         self._asked_patches, asked_images = photos.of(left_out)
         self._judge = ClosedForm(self.images, asked_images)
+        self._seed = seed
+        self._without_knowledge: dict[str, PatchClustering] = {}
+
+    def ask(self, knowledge: FloatArray) -> None:
+        """Takes another knowledge source: (C, Dw) of all classes."""
+        self.knowledge, self.asked = knowledge[self._kept], knowledge[self._left_out]
+
+    def clusters(self, losses: str) -> PatchClustering:
+        """Fitted without the classes left out; once where the knowledge plays no part."""
+        if losses in self._without_knowledge:
+            return self._without_knowledge[losses]
+        params = ClusteringParams(early_stopping=False, epochs=EPOCHS, **LOSSES[losses])
+        fitted = PatchClustering(params, seed=self._seed).fit(self.patches, self.knowledge.astype(np.float32))
+        if params.semantic_weight == 0:
+            self._without_knowledge[losses] = fitted
+        return fitted
 
     def raw(self, ridge: float) -> float:
         """T1 with the centred knowledge vectors themselves."""
@@ -176,22 +192,21 @@ class Group:
         kept, left_out = unit_rows(known - mean), unit_rows(asked - mean)
         return float(np.mean([self._judge(kept, left_out, ridge) for ridge in RIDGES]))
 
-    def table(self, seed: int) -> dict[str, float]:
+    def table(self) -> dict[str, float]:
         """Every row of the printed table."""
         n_classes = len(self.knowledge)
         rows = {f"raw vectors, ridge {ridge:g}": self.raw(ridge) for ridge in RIDGES}
         means = np.stack([self.images.features[self.images.labels == c].mean(axis=0) for c in range(n_classes)])
         vectors = {"one-hot": np.eye(n_classes), "mean feature": means}
-        for name, weights in LOSSES.items():
-            params = ClusteringParams(early_stopping=False, epochs=EPOCHS, **weights)
-            clusters = PatchClustering(params, seed=seed).fit(self.patches, self.knowledge.astype(np.float32))
+        for name in LOSSES:
+            clusters = self.clusters(name)
             vectors[name] = clusters.class_embeddings_
             rows[f"{name}, oracle"] = self.oracle(clusters)
         for name, own in vectors.items():
             for relation in RELATIONS if name == "VGSE" else (SAME,):
                 rows[f"{name}, {relation}"] = self.composed(own, *RELATIONS[relation])
         choice = select_relation(vectors["VGSE"], self.knowledge, self.images)
-        print(f"group {seed}: auto took {choice.relation} {choice.params}", file=sys.stderr)
+        print(f"group {self._seed}: auto took {choice.relation} {choice.params}", file=sys.stderr)
         return rows | {"VGSE, auto": self.composed(vectors["VGSE"], choice.relation, choice.params)}
 
 
@@ -206,12 +221,16 @@ def main() -> None:
     columns: dict[str, dict[str, float]] = {}
     for name in options.sets:
         photos = load(options.data / name, options.weights)
+        left_out = groups(len(photos.class_names), options.groups)
+        parts = [Group(photos, classes, seed) for seed, classes in enumerate(left_out)]
         for path in sorted((options.data / name / "knowledge").glob("*.npz")):
             stored = np.load(path)
             row = {str(known): i for i, known in enumerate(stored["class_names"])}
             knowledge = stored["vectors"][[row[c] for c in photos.class_names]].astype(np.float64)
-            left_out = groups(len(photos.class_names), options.groups)
-            tables = [Group(photos, knowledge, classes).table(seed) for seed, classes in enumerate(left_out)]
+            tables = []
+            for group in parts:
+                group.ask(knowledge)
+                tables.append(group.table())
             columns[f"{name}, {path.stem}"] = {
                 line: float(np.mean([table[line] for table in tables])) for line in tables[0]
             }
