@@ -32,7 +32,13 @@ CONFIDENCE = 1.64
 """Standard errors by which a candidate must lead to displace a preferred one: a one-sided test at 5 %."""
 
 WAVG_SETTINGS = ((ALL_NEIGHBORS, 10.0), (ALL_NEIGHBORS, 5.0), (10, 5.0), (10, 10.0), (5, 5.0))
-"""(n_neighbors, eta) of the WAvg candidates."""
+"""(n_neighbors, eta) of the WAvg candidates, in order of preference."""
+
+SMO_SETTINGS = ((0, 1.0), (0, 0.3), (0, 0.1), (0, 1e-6), (-1, 0.3), (-1, 0.1), (-1, 0.03), (-1, 1e-6))
+"""(alpha, ridge) of the SMO candidates, in order of preference."""
+
+MANY_CLASSES = 50
+"""With so many seen classes an average over all of them carries over better than SMO; with a few it does not."""
 
 FEATURE_RIDGES = (1.0, 10.0)
 EMBEDDING_RIDGES = (0.1, 1.0)
@@ -95,22 +101,22 @@ class RelationChoice:
         }
 
 
-def default_candidates() -> tuple[Candidate, ...]:
-    """WAvg and SMO in all forms, in order of preference.
+def default_candidates(n_classes: int) -> tuple[Candidate, ...]:
+    """WAvg and SMO in all forms, in order of preference for `n_classes` seen classes.
 
     The order is what counts between candidates that validation cannot tell apart, and is that of nested validation on
     seen classes of several sets (docs/decisions.md): the form that keeps the knowledge beside the composed vector
-    first, the plain one, whose common mean makes some classes the nearest of everything, last; a strong ridge first.
+    first, the plain one, whose common mean makes some classes the nearest of everything, last; WAvg first where there
+    are many classes to average, else SMO; a strong ridge first.
     """
-    settings: list[tuple[Relation, dict[str, Any]]] = [
-        *(("smo", {"alpha": 0, "ridge": ridge}) for ridge in (1.0, 0.3, 0.1, 1e-6)),
-        *(("wavg", {"n_neighbors": k, "eta": eta}) for k, eta in WAVG_SETTINGS),
-        *(("smo", {"alpha": -1, "ridge": ridge}) for ridge in (0.3, 0.1, 0.03, 1e-6)),
+    wavg: list[tuple[Relation, dict[str, Any]]] = [("wavg", {"n_neighbors": k, "eta": eta}) for k, eta in WAVG_SETTINGS]
+    smo: list[tuple[Relation, dict[str, Any]]] = [
+        ("smo", {"alpha": alpha, "ridge": ridge}) for alpha, ridge in SMO_SETTINGS
     ]
     return tuple(
         Candidate(name, RelationParams.model_validate({**own, "form": form}))
         for form in ("fused", "centred", "plain")
-        for name, own in settings
+        for name, own in ([*wavg, *smo] if n_classes >= MANY_CLASSES else [*smo, *wavg])
     )
 
 
@@ -135,7 +141,7 @@ def select_relation(
     if n_classes < MIN_CLASSES:
         reason = f"{n_classes} seen classes are too few to hold some out (at least {MIN_CLASSES}); took the defaults."
         return RelationChoice("smo", defaults or RelationParams(), reason, (), 0)
-    options = tuple(candidates) if candidates is not None else default_candidates()
+    options = tuple(candidates) if candidates is not None else default_candidates(n_classes)
     folds = draw_folds(n_classes, seed=seed)
     evidence = _Evidence(images, n_classes)
     hits = np.zeros((len(options), n_classes))

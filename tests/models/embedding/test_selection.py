@@ -129,8 +129,14 @@ def test_folds_hold_each_class_out_equally_often_and_leave_enough(n_classes: int
     assert max(len(fold) for fold in folds) <= n_classes - 2
 
 
+def test_many_classes_are_averaged_first_and_few_are_optimised_first() -> None:
+    few, many = default_candidates(49), default_candidates(50)
+    assert (few[0].label, many[0].label) == ("smo alpha=0 ridge=1 fused", "wavg k=all eta=10 fused")
+    assert {option.label for option in few} == {option.label for option in many}
+
+
 def test_all_default_candidates_run_and_differ() -> None:
-    options = default_candidates()
+    options = default_candidates(14)
     assert len({option.label for option in options}) == len(options)
     choice = select_relation(*problem(n_classes=5, n_images=4))
     assert len(choice.table) == len(options)
