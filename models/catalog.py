@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from models import params
+from models import classic_params, params
 from models.errors import UnknownName
 
 Kind = Literal["embedding", "relation", "classifier"]
@@ -30,6 +30,11 @@ class Method:
 _VGSE = (
     "VGSE: Visually-Grounded Semantic Embeddings for Zero-Shot Learning (CVPR 2022)",
     "https://arxiv.org/abs/2203.10444",
+)
+
+_LAMPERT = (
+    "Attribute-Based Classification for Zero-Shot Visual Object Categorization (TPAMI 2014)",
+    "https://doi.org/10.1109/TPAMI.2013.140",
 )
 
 METHODS: tuple[Method, ...] = (
@@ -98,6 +103,58 @@ METHODS: tuple[Method, ...] = (
         params.ESZSLParams,
         "An embarrassingly simple approach to zero-shot learning (ICML 2015)",
         "https://proceedings.mlr.press/v37/romera-paredes15.html",
+    ),
+    Method(
+        "sae",
+        "classifier",
+        "Linear autoencoder whose code is the class embedding, in closed form.",
+        "models.zero_shot.sae:SAE",
+        classic_params.SAEParams,
+        "Semantic Autoencoder for Zero-Shot Learning (CVPR 2017)",
+        "https://arxiv.org/abs/1704.08345",
+    ),
+    Method(
+        "conse",
+        "classifier",
+        "Convex combination of the embeddings of the likeliest seen classes.",
+        "models.zero_shot.conse:ConSE",
+        classic_params.ConSEParams,
+        "Zero-Shot Learning by Convex Combination of Semantic Embeddings (ICLR 2014)",
+        "https://arxiv.org/abs/1312.5650",
+    ),
+    Method(
+        "sync",
+        "classifier",
+        "Linear classifiers of unseen classes, synthesised from those of phantom classes.",
+        "models.zero_shot.sync:SynC",
+        classic_params.SynCParams,
+        "Synthesized Classifiers for Zero-Shot Learning (CVPR 2016)",
+        "https://arxiv.org/abs/1603.00550",
+    ),
+    Method(
+        "dap",
+        "classifier",
+        "A probabilistic classifier for each attribute; classes by their attributes.",
+        "models.zero_shot.dap:DAP",
+        classic_params.DAPParams,
+        *_LAMPERT,
+    ),
+    Method(
+        "iap",
+        "classifier",
+        "A probabilistic classifier of seen classes; attributes by theirs, classes by their attributes.",
+        "models.zero_shot.iap:IAP",
+        classic_params.IAPParams,
+        *_LAMPERT,
+    ),
+    Method(
+        "sse",
+        "classifier",
+        "Classes and images as mixtures of seen classes, compared there.",
+        "models.zero_shot.sse:SSE",
+        classic_params.SSEParams,
+        "Zero-Shot Learning via Semantic Similarity Embedding (ICCV 2015)",
+        "https://arxiv.org/abs/1509.04767",
     ),
 )
 

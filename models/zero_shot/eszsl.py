@@ -19,6 +19,7 @@ from models.evaluation import zsl_report
 from models.params import ESZSLParams, Params
 from models.zero_shot.base import History, Setting, ZeroShotModel
 from models.zero_shot.folds import Rows
+from models.zero_shot.grid import best_of_plateau
 from models.zero_shot.scaling import Scaling
 
 # Relative to the mean eigenvalue of the matrix that each stiffens, so that one grid serves every feature scaling.
@@ -103,7 +104,7 @@ class ESZSL(ZeroShotModel):
 
     def _pick(self, tried: list[History]) -> Setting:
         t1 = np.mean([[entry["validation_t1"] for entry in history] for history in tried], axis=0)
-        i, j = _best_of_plateau(t1.reshape(len(_GRID), len(_GRID)))
+        i, j = best_of_plateau(t1.reshape(len(_GRID), len(_GRID)))
         return {"relative_gamma": _GRID[i], "relative_lambda": _GRID[j]}
 
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
@@ -132,14 +133,3 @@ def _decompose(train: Rows) -> _Spectrum:
     middle = (x_vectors.T @ signed) @ (embeddings @ a_vectors)
     # Rounding can leave eigenvalues a hair below zero.
     return _Spectrum(np.maximum(x_values, 0), x_vectors, a_values, a_vectors, middle)
-
-
-def _best_of_plateau(t1: FloatArray) -> tuple[int, int]:
-    """Row and column of the maximum of `t1` averaged over its 3 x 3 neighbourhood, edges repeated.
-
-    Neighbouring ridges give nearly the same model, so the mean is the same measurement with less noise.
-    """
-    padded = np.pad(t1, 1, mode="edge")
-    smooth = sum(padded[i : i + t1.shape[0], j : j + t1.shape[1]] for i in range(3) for j in range(3))
-    i, j = np.unravel_index(int(np.argmax(smooth)), t1.shape)
-    return int(i), int(j)

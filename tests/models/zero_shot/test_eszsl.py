@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.params import ESZSLParams
-from models.zero_shot.eszsl import ESZSL, _best_of_plateau
+from models.zero_shot.eszsl import ESZSL
 from tests.models.zero_shot.made_up import made_up
 
 
@@ -40,10 +40,3 @@ def test_given_ridges_are_kept_and_missing_ones_chosen() -> None:
     one = ESZSL(ESZSLParams(gamma=2.0)).fit(data.train, data.seen_embeddings, validation_classes=validation)
     assert one.validation_["setting"]["gamma"] == 2.0
     assert len({entry["relative_lambda"] for entry in one.history_}) == 9
-
-
-def test_plateau_wins_over_a_lucky_peak() -> None:
-    t1 = np.zeros((9, 9))
-    t1[0, 8] = 0.7
-    t1[4:7, 2:5] = 0.6
-    assert _best_of_plateau(t1) == (5, 3)
