@@ -22,18 +22,30 @@ def job_id(client: Client) -> str:
     return str(client.add_knowledge("inline", vectors={"cat": [1.0]})["id"])
 
 
-def finish_soon(database: Database, job_id: str, fail: bool = False) -> threading.Thread:
-    """Plays the worker from another thread: claims, reports twice, ends."""
+def finish_soon(
+    database: Database,
+    job_id: str,
+    fail: bool = False,
+    begin: threading.Event | None = None,
+    end: threading.Event | None = None,
+) -> threading.Thread:
+    """Plays the worker from another thread: claims, reports, ends; each when told to, or soon."""
 
     def work() -> None:
-        time.sleep(0.3)
+        if begin is None:
+            time.sleep(0.3)
+        else:
+            begin.wait(10)
         with database.write() as session:
             job = jobs.claim(session, job_id, "worker")
             assert job is not None
             token = job.token
         with database.write() as session:
             jobs.report_progress(session, job_id, token, {"phase": "index", "completed": 1, "total": 2})
-        time.sleep(1.2)
+        if end is None:
+            time.sleep(1.2)
+        else:
+            end.wait(10)
         with database.write() as session:
             if fail:
                 jobs.fail(session, job_id, token, {"title": "Invalid", "status": 422, "detail": "No vector at all."})
@@ -45,17 +57,33 @@ def finish_soon(database: Database, job_id: str, fail: bool = False) -> threadin
     return thread
 
 
-@pytest.mark.parametrize("poll", [False, True])
-def test_wait_follows_a_job_to_its_end(client: Client, api_database: Database, job_id: str, poll: bool) -> None:
+def test_wait_polls_a_job_to_its_end(client: Client, api_database: Database, job_id: str) -> None:
     reports: list[dict[str, Any]] = []
     worker = finish_soon(api_database, job_id)
-    ended = client.wait(job_id, on_progress=reports.append, timeout=20, poll=poll)
+    ended = client.wait(job_id, on_progress=reports.append, timeout=20, poll=True)
     worker.join()
     assert ended["result"]["id"] == "kn_x"
     assert reports[-1]["status"] == "succeeded"
-    if not poll:
-        assert reports[0]["status"] == "queued"
-        assert any(r["progress"]["phase"] == "index" and r["status"] == "running" for r in reports)
+
+
+def test_wait_follows_every_state_of_a_job(client: Client, api_database: Database, job_id: str) -> None:
+    reports: list[dict[str, Any]] = []
+    queued, running = threading.Event(), threading.Event()
+
+    def on_progress(report: dict[str, Any]) -> None:
+        reports.append(report)
+        if report["status"] == "queued":
+            queued.set()
+        if report["status"] == "running" and report["progress"]["phase"] == "index":
+            running.set()
+
+    worker = finish_soon(api_database, job_id, begin=queued, end=running)
+    ended = client.wait(job_id, on_progress=on_progress, timeout=30)
+    worker.join()
+    assert queued.is_set()
+    assert running.is_set()
+    assert ended["result"]["id"] == "kn_x"
+    assert [reports[0]["status"], reports[-1]["status"]] == ["queued", "succeeded"]
 
 
 def test_a_failed_job_raises_with_its_reason(client: Client, api_database: Database, job_id: str) -> None:
