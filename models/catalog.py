@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from models import classic_params, params
+from models import classic_params, classifier_params, params
 from models.errors import UnknownName
 
 Kind = Literal["embedding", "relation", "classifier"]
@@ -91,7 +91,7 @@ METHODS: tuple[Method, ...] = (
         "classifier",
         "Bilinear compatibility learned by SGD.",
         "models.zero_shot.sje:SJE",
-        params.SJEParams,
+        classifier_params.SJEParams,
         "Evaluation of Output Embeddings for Fine-Grained Image Classification (CVPR 2015)",
         "https://arxiv.org/abs/1409.8403",
     ),
@@ -103,6 +103,69 @@ METHODS: tuple[Method, ...] = (
         params.ESZSLParams,
         "An embarrassingly simple approach to zero-shot learning (ICML 2015)",
         "https://proceedings.mlr.press/v37/romera-paredes15.html",
+    ),
+    Method(
+        "ale",
+        "classifier",
+        "Bilinear compatibility by a ranking loss that weighs the top of the list most.",
+        "models.zero_shot.ale:ALE",
+        classifier_params.ALEParams,
+        "Label-Embedding for Image Classification (TPAMI 2016)",
+        "https://arxiv.org/abs/1503.08677",
+    ),
+    Method(
+        "devise",
+        "classifier",
+        "Bilinear compatibility by a sum of hinges.",
+        "models.zero_shot.devise:DeViSE",
+        classifier_params.DeViSEParams,
+        "DeViSE: A Deep Visual-Semantic Embedding Model (NeurIPS 2013)",
+        "https://papers.nips.cc/paper/5204-devise-a-deep-visual-semantic-embedding-model",
+    ),
+    Method(
+        "latem",
+        "classifier",
+        "The best of several bilinear maps for each image and class.",
+        "models.zero_shot.latem:LATEM",
+        classifier_params.LATEMParams,
+        "Latent Embeddings for Zero-shot Classification (CVPR 2016)",
+        "https://arxiv.org/abs/1603.08895",
+    ),
+    Method(
+        "cmt",
+        "classifier",
+        "Regression onto class embeddings through a tanh layer; optionally novelty detection (CMT*).",
+        "models.zero_shot.cmt:CMT",
+        classifier_params.CMTParams,
+        "Zero-Shot Learning Through Cross-Modal Transfer (NeurIPS 2013)",
+        "https://arxiv.org/abs/1301.3666",
+    ),
+    Method(
+        "gem_zsl",
+        "classifier",
+        "Softmax of scaled cosines on global features.",
+        "models.zero_shot.gem_zsl:GEMZSL",
+        classifier_params.GEMZSLParams,
+        "Goal-Oriented Gaze Estimation for Zero-Shot Learning (CVPR 2021)",
+        "https://arxiv.org/abs/2103.03433",
+    ),
+    Method(
+        "apn",
+        "classifier",
+        "Attribute prediction and classification in one linear map, on global features.",
+        "models.zero_shot.apn:APN",
+        classifier_params.APNParams,
+        "Attribute Prototype Network for Zero-Shot Learning (NeurIPS 2020)",
+        "https://arxiv.org/abs/2008.08290",
+    ),
+    Method(
+        "psr",
+        "classifier",
+        "Class embeddings mapped to the visual space, keeping the relations between classes.",
+        "models.zero_shot.psr:PSR",
+        classifier_params.PSRParams,
+        "Preserving Semantic Relations for Zero-Shot Learning (CVPR 2018)",
+        "https://arxiv.org/abs/1803.03049",
     ),
     Method(
         "sae",

@@ -86,10 +86,6 @@ class IAPParams(RidgeParams):
 class SSEParams(ClassicParams):
     """Classes and images as mixtures of seen classes."""
 
-    similarity: Literal["intersection", "rectified"] = Field(
-        "intersection",
-        description="Of an image x with a seen class's mean v, feature by feature: min(x, v), or max(0, x - v).",
-    )
     gamma: float | None = Field(
         None, gt=0, le=1e6, description="Ridge on a class's mixture; larger: more even; empty: chosen on validation."
     )

@@ -119,31 +119,6 @@ class EmbeddingSetParams(Params):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of everything random.")
 
 
-class SJEParams(Params):
-    """Structured joint embedding, bilinear compatibility."""
-
-    loss: Literal["ce", "double_softmax", "hinge"] = Field(
-        "ce", description="Cross-entropy, the VGSE code's softmax twice, or the original structured hinge."
-    )
-    epochs: int = Field(100, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
-    batch_size: int = Field(256, ge=1, le=65_536, description="Images a step.")
-    learning_rate: float = Field(3e-3, gt=0, le=10, description="Adam's step size.")
-    weight_penalty: float = Field(0.0, ge=0, le=10, description="Weight of ||W||_F in the loss.")
-    scale: float = Field(1.0, gt=0, le=1000, description="Multiplies the scores before the softmax (temperature).")
-    normalize: Literal["centered", "minmax", "l2", "none"] = Field(
-        "centered", description="Scaling of the image features."
-    )
-    early_stopping: bool = Field(True, description="Choose the epoch on validation classes, then refit on all.")
-    patience: int = Field(20, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
-    folds: int = Field(
-        5,
-        ge=1,
-        le=100,
-        description="Groups of seen classes that take turns as unseen while settings are chosen, the validation "
-        "classes first; 1: the validation classes alone.",
-    )
-
-
 class ESZSLParams(Params):
     """Embarrassingly simple zero-shot learning, closed form."""
 

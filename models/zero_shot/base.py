@@ -142,6 +142,9 @@ class ZeroShotModel(ABC):
         features = np.asarray(features)
         if features.ndim != 2 or features.shape[1] != self._dims[0]:
             raise ShapeMismatch(f"features {features.shape} must be (n_images, {self._dims[0]}), as in training.")
+        if not np.isfinite(features).all():
+            bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+            raise InvalidInput(f"The features of image {bad} hold NaN or infinite values. Remove or repair that row.")
         embeddings = _unit_embeddings(class_embeddings)
         if embeddings.shape[1] != self._dims[1]:
             raise ShapeMismatch(
@@ -179,13 +182,13 @@ class ZeroShotModel(ABC):
         if manifest["method"] != cls.method:
             raise InvalidInput(f"The saved classifier is of method {manifest['method']!r}, not {cls.method!r}.")
         model = cls(cls.params_class.model_validate(manifest["params"]), seed=int(manifest["seed"]), device=device)
+        model._dims = (int(manifest["feature_dim"]), int(manifest["embedding_dim"]))
         try:
             state = load_file(directory / _WEIGHTS)
             model._scaling = FeatureScaling.restore(model._scaling_kind(), state)
             model._restore(state)
         except (OSError, KeyError, SafetensorError) as error:
             raise InvalidInput(f"{_WEIGHTS} is missing, cut short or of another format: {error}") from error
-        model._dims = (int(manifest["feature_dim"]), int(manifest["embedding_dim"]))
         model.class_names_ = tuple(manifest["class_names"])
         model.gamma_, model.temperature_ = float(manifest["gamma"]), float(manifest["temperature"])
         model.best_epoch_, model.history_ = manifest["best_epoch"], manifest["history"]

@@ -36,7 +36,7 @@ class IAP(RidgeModel):
     method: ClassVar[str] = "iap"
     params_class: ClassVar[type[Params]] = IAPParams
     params: IAPParams
-    DEFAULT_RIDGE: ClassVar[float] = 1e-3
+    DEFAULT_RIDGE: ClassVar[float] = 1e-4
 
     def _new_path(self, train: Rows) -> RidgePath:
         return RidgePath(train.features, softmax_loss(train.labels), len(train.embeddings))

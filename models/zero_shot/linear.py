@@ -70,7 +70,7 @@ class RidgePath:
         self.scale = float(values.sum()) or 1.0
         spans = values > 1e-10 * self.scale  # no image reaches the other directions, so W has nothing there
         self._values, self._vectors = values[spans], vectors[:, spans]  # (K,), (feature_dim, K)
-        self._features = (exact @ self._vectors).astype(features.dtype)
+        self._features = features @ self._vectors.astype(features.dtype)  # (N, K)
         self._solved: dict[float, tuple[FloatArray, FloatArray]] = {}
 
     def at(self, ridge: float) -> Heads:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from models.base import FloatArray
 from models.errors import UnknownName
 
-Scaling = Literal["centered", "minmax", "l2", "none"]
-_KINDS = ("centered", "minmax", "l2", "none")
+Scaling = Literal["centered", "zscore", "minmax", "l2", "none"]
+_KINDS: tuple[str, ...] = get_args(Scaling)
 
 
 class FeatureScaling:
@@ -19,6 +19,7 @@ class FeatureScaling:
 
     centered: the training mean taken off, then each row to unit length; networks' features share a large common part
     that says nothing of the class, and a bilinear score without it separates unseen classes far better.
+    zscore: each feature to mean 0 and standard deviation 1 over the training rows.
     minmax: each feature to [0, 1] over the training rows; later rows may lie outside (no clipping, as in the papers'
     code). l2: each row to unit length. none: as they are.
     """
@@ -32,19 +33,22 @@ class FeatureScaling:
 
     def fit(self, features: FloatArray) -> FeatureScaling:
         """Learn from training rows what the scaling needs."""
-        if self.kind == "centered":
+        if self.kind in ("centered", "zscore"):
             self._offset = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+        if self.kind == "zscore":
+            deviation = features.std(axis=0, dtype=np.float64)
+            # The mean of equal numbers may be off by rounding, and leave a deviation that is none.
+            deviation[deviation <= 1e-6 * np.abs(self._offset)] = 0
+            self._range = _divisors(deviation.astype(np.float32))
         if self.kind == "minmax":
             self._offset = features.min(axis=0).astype(np.float32)
-            width = features.max(axis=0).astype(np.float32) - self._offset
-            # A feature that never changes says nothing; dividing by 1 keeps it near 0 instead of blowing it up.
-            self._range = np.where(width > 0, width, np.float32(1))
+            self._range = _divisors(features.max(axis=0).astype(np.float32) - self._offset)
         return self
 
     def __call__(self, features: FloatArray) -> FloatArray:
         """Scaled float32 copy of `features`."""
         features = np.asarray(features, np.float32)
-        if self.kind == "minmax":
+        if self.kind in ("minmax", "zscore"):
             return (features - self._offset) / self._range
         if self.kind == "centered":
             return unit_rows(features - self._offset)
@@ -62,6 +66,11 @@ class FeatureScaling:
         scaling = cls(kind)
         scaling._offset, scaling._range = state["scaling_offset"], state["scaling_range"]
         return scaling
+
+
+def _divisors(widths: FloatArray) -> FloatArray:
+    """A feature that never changes says nothing; dividing by 1 keeps it near 0 instead of blowing it up."""
+    return np.where(widths > 0, widths, np.float32(1))
 
 
 def unit_rows(rows: FloatArray) -> FloatArray:

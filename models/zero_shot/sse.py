@@ -4,9 +4,11 @@ Zhang and Saligrama, "Zero-Shot Learning via Semantic Similarity Embedding" (ICC
 https://arxiv.org/abs/1509.04767). A class is its mixture of seen classes s, by simplex coding of its embedding:
     z_y = argmin over a on the simplex of   gamma / 2 ||a||^2 + 1/2 ||phi(y) - sum_s a_s phi(s)||^2.
 An image is its similarity with a model v_s of each seen class:
-    pi_s(x) = w . psi(x, v_s),   psi = min(x, v_s) (intersection) or max(0, x - v_s) (rectified), feature by feature,
+    pi_s(x) = w . psi(x, v_s),   psi = min(x, v_s) feature by feature (intersection),
 and score(x, y) = sum_s pi_s(x) z_ys. w has a large margin on seen images:
     minimise lambda / 2 ||w||^2 + mean over images i, wrong seen classes y of max(0, 1 + score(i, y) - score(i, y_i)).
+The paper's other psi, max(0, x - v_s) = x - min(x, v_s) (rectified), is the same model with -w: mixtures sum to 1, so
+the term w . x is common to all classes.
 
 Simplified from the paper: v_s stays the class's mean feature, where the paper starts (it goes on to alternate between v
 and w, with a penalty on v); the second family of margins, between the means of classes, is left out; and w is found by
@@ -30,9 +32,9 @@ from models.zero_shot.folds import Rows
 from models.zero_shot.grid import pick_on_grid
 from models.zero_shot.scaling import Scaling
 
-_GAMMAS = (1e-2, 1e-1, 1.0, 10.0)
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_DEFAULT = {"gamma": 1e-1, "relative_ridge": 1e-1}
+_GAMMAS = (1e-2, 1e-1, 1.0)
+_RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_DEFAULT = {"gamma": 1.0, "relative_ridge": 1e-5}
 _BATCH = 64
 _CODING_STEPS, _CODING_TOLERANCE = 3000, 1e-9
 _CHUNK = 1 << 22
@@ -108,9 +110,7 @@ class SSE(ZeroShotModel):
 
     def _psi(self, features: FloatArray) -> FloatArray:
         """(n_images, n_seen, feature_dim)."""
-        if self.params.similarity == "intersection":
-            return np.minimum(features[:, None, :], self._models[None, :, :])
-        return np.maximum(features[:, None, :] - self._models[None, :, :], 0)
+        return np.minimum(features[:, None, :], self._models[None, :, :])
 
     def _similarities(self, features: FloatArray, weights: FloatArray) -> FloatArray:
         """pi, (n_images, n_seen, n_settings), of weights (feature_dim, n_settings)."""

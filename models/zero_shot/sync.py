@@ -29,7 +29,7 @@ from models.zero_shot.linear import Loss, RidgeModel, RidgePath, multiclass_hing
 
 _SIGMAS = tuple(float(2.0**power) for power in range(-4, 5))
 """sigma relative to the root mean squared distance between seen classes."""
-_DEFAULT_SIGMA = 0.5
+_DEFAULT_SIGMA = 1.0
 _CUTOFF = 1e-8
 """Singular values of s below this share of the largest are rounding; their inverses would drown the rest."""
 
@@ -40,7 +40,7 @@ class SynC(RidgeModel):
     method: ClassVar[str] = "sync"
     params_class: ClassVar[type[Params]] = SynCParams
     params: SynCParams
-    DEFAULT_RIDGE: ClassVar[float] = 1e-3
+    DEFAULT_RIDGE: ClassVar[float] = 1e-2
 
     def _new_path(self, train: Rows) -> RidgePath:
         loss = seen_loss(train, self.params.loss)

@@ -230,6 +230,36 @@ def test_progress_counts_up_and_cancel_passes(name: str) -> None:
         model.scores(DATA.unseen.features, DATA.unseen_embeddings)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.95])
+def test_cancel_passes_at_any_stage(name: str, share: float) -> None:
+    reports: list[Progress] = []
+    inputs = DATA.train, DATA.seen_embeddings
+    create_classifier(name, quick(name)).fit(*inputs, validation_classes=VALIDATION, on_progress=reports.append)
+    left = int(share * len(reports))
+
+    def stop(progress: Progress) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Cancelled("told to")
+
+    model = create_classifier(name, quick(name))
+    with pytest.raises(Cancelled):
+        model.fit(*inputs, validation_classes=VALIDATION, on_progress=stop)
+    with pytest.raises(NotFitted):
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings)
+
+
+def test_inputs_are_never_changed(name: str) -> None:
+    given = (DATA.train.features, DATA.train.labels, DATA.seen_embeddings, DATA.unseen.features, DATA.unseen_embeddings)
+    before = [array.copy() for array in given]
+    for kind in ("none", "minmax"):
+        params = quick(name).model_copy(update={"normalize": kind})
+        model = create_classifier(name, params).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+        model.scores(DATA.unseen.features, DATA.unseen_embeddings)
+    assert all(np.array_equal(now, then) for now, then in zip(given, before, strict=True))
+
+
 def test_bad_training_input_is_refused_with_the_reason(name: str) -> None:
     train, embeddings = DATA.train, DATA.seen_embeddings
 
@@ -261,6 +291,10 @@ def test_bad_scoring_input_is_refused(name: str) -> None:
         model.scores(np.zeros((2, 23), np.float32), DATA.unseen_embeddings)
     with pytest.raises(ShapeMismatch, match=r"\(n_classes, 8\)"):
         model.scores(DATA.unseen.features, DATA.unseen_embeddings[:, :5])
+    broken = DATA.unseen.features.copy()
+    broken[3, 2] = np.nan
+    with pytest.raises(InvalidInput, match="image 3 hold NaN"):
+        model.scores(broken, DATA.unseen_embeddings)
     with pytest.raises(InvalidInput, match="zero or not finite"):
         model.scores(DATA.unseen.features, np.full((1, 8), np.inf, np.float32))
 

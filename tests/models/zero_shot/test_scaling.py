@@ -29,7 +29,16 @@ def test_centered_is_unit_length_about_the_training_mean() -> None:
     np.testing.assert_allclose(scaled, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["centered", "minmax", "l2", "none"])
+def test_zscore_has_mean_zero_and_deviation_one_and_leaves_constants() -> None:
+    train = np.array([[1.0, 0.1], [3, 0.1], [8, 0.1]], np.float32)
+    scaling = FeatureScaling("zscore").fit(train)
+    scaled = scaling(train)
+    deviation = np.sqrt((9 + 1 + 16) / 3)
+    np.testing.assert_allclose(scaled, [[-3 / deviation, 0], [-1 / deviation, 0], [4 / deviation, 0]], atol=1e-6)
+    assert np.abs(scaling(train + np.float32(0.5))[:, 1]).max() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", ["centered", "zscore", "minmax", "l2", "none"])
 def test_stored_scaling_is_the_same_and_results_are_float32(kind: str) -> None:
     scaling = FeatureScaling(kind).fit(TRAIN.astype(np.float16))  # type: ignore[arg-type]
     again = FeatureScaling.restore(kind, scaling.state())  # type: ignore[arg-type]

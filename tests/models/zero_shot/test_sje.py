@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.params import SJEParams
-from models.zero_shot.sje import SJE, best_epoch, choose_epoch, compatibility_loss
+from models.classifier_params import SJEParams
+from models.zero_shot.scaling import unit_rows
+from models.zero_shot.sje import SJE, compatibility_loss
 from tests.models.zero_shot.made_up import made_up
 
 SCORES = [[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]]
@@ -70,37 +71,23 @@ def test_weight_penalty_shrinks_the_weights() -> None:
     assert np.linalg.norm(shrunk._state()["weight"]) < 0.5 * np.linalg.norm(plain._state()["weight"])
 
 
-def test_best_epoch_is_smoothed_and_takes_the_earliest_of_equals() -> None:
-    assert best_epoch([0.1, 0.9, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6]) == 7
-    assert best_epoch([0.5] * 6) == 1
-
-
-def test_epoch_over_folds_is_the_best_of_their_mean() -> None:
-    rising = [0.1 * i for i in range(1, 9)]
-    assert choose_epoch([rising]) == choose_epoch([rising, rising]) == best_epoch(rising) == 8
-    falling = [0.9 - 0.02 * i for i in range(8)]
-    assert choose_epoch([rising, falling]) == 8  # the rise is the steeper one
-    assert choose_epoch([[0.5, 0.6, 0.7], [0.5] * 9]) <= 3  # the short one stays where it stopped
-
-
-def test_chosen_epoch_is_the_one_trained_and_without_early_stopping_all_are() -> None:
+@pytest.mark.parametrize("loss", ["ce", "hinge"])
+def test_training_is_the_plain_loop_bit_for_bit(loss: str) -> None:
     data = made_up()
-    for early, expected in ((True, None), (False, 9)):
-        params = SJEParams(epochs=9, learning_rate=0.01, early_stopping=early, folds=1)
-        model = SJE(params).fit(data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2"))
-        t1 = [entry.get("validation_t1", 0.0) for entry in model.history_]
-        assert model.best_epoch_ == (expected or best_epoch(t1))
-
-
-def test_patience_ends_the_search_early() -> None:
-    data = made_up()
-    long, short = (
-        SJE(SJEParams(epochs=60, learning_rate=0.05, patience=patience, folds=1)).fit(
-            data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2")
-        )
-        for patience in (60, 5)
-    )
-    assert len(long.history_) == 60
-    assert len(short.history_) < 60
-    assert short.best_epoch_ is not None
-    assert short.best_epoch_ <= len(short.history_) - 5
+    params = SJEParams(epochs=4, batch_size=32, loss=loss, scale=3.0, weight_penalty=1e-3, normalize="none")
+    model = SJE(params, seed=5).fit(data.train, data.seen_embeddings)
+    features, labels = torch.from_numpy(data.train.features), torch.from_numpy(data.train.labels)
+    embeddings = torch.from_numpy(unit_rows(data.seen_embeddings))
+    generator = torch.Generator().manual_seed(5)
+    weight = (torch.randn(24, 8, generator=generator) * 0.02).requires_grad_()
+    bias = torch.zeros(8, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=3e-3, betas=(0.5, 0.999))
+    for _ in range(4):
+        for rows in torch.split(torch.randperm(len(features), generator=generator), 32):
+            scores = 3.0 * ((features[rows] @ weight + bias) @ embeddings.T)
+            step_loss = compatibility_loss(scores, labels[rows], loss) + 1e-3 * weight.norm()
+            optimizer.zero_grad()
+            step_loss.backward()
+            optimizer.step()
+    assert np.array_equal(model._state()["weight"], weight.detach().numpy())
+    assert np.array_equal(model._state()["bias"], bias.detach().numpy())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -71,10 +69,9 @@ def test_margin_loss_equals_plain_rewrite_and_its_slope_is_its_derivative() -> N
             assert slopes[k, i, s] == pytest.approx(numeric / 2e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("similarity", ["intersection", "rectified"])
-def test_scores_equal_the_printed_formula(similarity: Literal["intersection", "rectified"]) -> None:
+def test_scores_equal_the_printed_formula() -> None:
     data = made_up(n_seen=5)
-    params = SSEParams(gamma=0.1, lamda=1.0, similarity=similarity, normalize="none", steps=50)
+    params = SSEParams(gamma=0.1, lamda=1.0, normalize="none", steps=50)
     model = SSE(params).fit(data.train, data.seen_embeddings)
     scores, weight = model.scores(data.unseen.features, data.unseen_embeddings), model._state()["weight"]
     means = [data.train.features[data.train.labels == s].mean(axis=0) for s in range(5)]
@@ -85,17 +82,25 @@ def test_scores_equal_the_printed_formula(similarity: Literal["intersection", "r
     for i, x in enumerate(data.unseen.features[:5]):
         of_class = []
         for v in means:
-            psi = [min(a, b) if similarity == "intersection" else max(0.0, a - b) for a, b in zip(x, v, strict=True)]
+            psi = [min(a, b) for a, b in zip(x, v, strict=True)]
             of_class.append(sum(w * p for w, p in zip(weight, psi, strict=True)))
         for c in range(4):
             expected = sum(p * z for p, z in zip(of_class, codes[c], strict=True))
             assert scores[i, c] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("similarity", ["intersection", "rectified"])
-def test_steps_lower_the_objective(similarity: Literal["intersection", "rectified"]) -> None:
+def test_rectified_similarity_is_the_same_model_with_the_opposite_weights() -> None:
+    features, models, weight = RNG.normal(size=(4, 6)), RNG.normal(size=(3, 6)), RNG.normal(size=6)
+    codes = RNG.dirichlet(np.ones(3), size=5)
+    above = features[:, None, :] - models[None, :, :]
+    rectified = np.maximum(above, 0) @ -weight @ codes.T
+    intersection = np.minimum(features[:, None, :], models[None, :, :]) @ weight @ codes.T
+    np.testing.assert_allclose(intersection - rectified, np.repeat((features @ weight)[:, None], 5, axis=1))
+
+
+def test_steps_lower_the_objective() -> None:
     data = made_up()
-    model = SSE(SSEParams(gamma=0.1, lamda=0.05, similarity=similarity)).fit(data.train, data.seen_embeddings)
+    model = SSE(SSEParams(gamma=0.1, lamda=0.05)).fit(data.train, data.seen_embeddings)
     features = model._scaling(data.train.features)
     codes = simplex_codes(model._seen, model._seen, 0.1)
 
@@ -112,7 +117,7 @@ def test_what_is_given_is_kept_and_what_is_missing_chosen() -> None:
     data = made_up()
     gamma = SSE(SSEParams(lamda=0.5, steps=30)).fit(data.train, data.seen_embeddings, validation_classes=VALIDATION)
     assert gamma.validation_["setting"]["lamda"] == 0.5
-    assert len({entry["gamma"] for entry in gamma.history_}) == len(gamma.history_) == 4
+    assert len({entry["gamma"] for entry in gamma.history_}) == len(gamma.history_) == 3
     both = SSE(SSEParams(lamda=0.5, gamma=0.3, steps=30))
     both.fit(data.train, data.seen_embeddings, validation_classes=VALIDATION)
     assert (both.validation_["setting"]["lamda"], both.validation_["setting"]["gamma"]) == (0.5, 0.3)

@@ -1,0 +1,60 @@
+"""Choosing the epoch, and what all classifiers that learn by gradient descent share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from models.classifier_params import SJEParams
+from models.errors import InvalidInput
+from models.zero_shot.gradient import best_epoch, choose_epoch
+from models.zero_shot.sje import SJE
+from tests.models.zero_shot.made_up import made_up
+
+
+def test_best_epoch_is_smoothed_and_takes_the_earliest_of_equals() -> None:
+    assert best_epoch([0.1, 0.9, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6]) == 7
+    assert best_epoch([0.5] * 6) == 1
+
+
+def test_epoch_over_folds_is_the_best_of_their_mean() -> None:
+    rising = [0.1 * i for i in range(1, 9)]
+    assert choose_epoch([rising]) == choose_epoch([rising, rising]) == best_epoch(rising) == 8
+    falling = [0.9 - 0.02 * i for i in range(8)]
+    assert choose_epoch([rising, falling]) == 8  # the rise is the steeper one
+    assert choose_epoch([[0.5, 0.6, 0.7], [0.5] * 9]) <= 3  # the short one stays where it stopped
+
+
+def test_chosen_epoch_is_the_one_trained_and_without_early_stopping_all_are() -> None:
+    data = made_up()
+    for early, expected in ((True, None), (False, 9)):
+        params = SJEParams(epochs=9, learning_rate=0.01, early_stopping=early, folds=1)
+        model = SJE(params).fit(data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2"))
+        t1 = [entry.get("validation_t1", 0.0) for entry in model.history_]
+        assert model.best_epoch_ == (expected or best_epoch(t1))
+
+
+def test_patience_ends_the_search_early() -> None:
+    data = made_up()
+    long, short = (
+        SJE(SJEParams(epochs=60, learning_rate=0.05, patience=patience, folds=1)).fit(
+            data.train, data.seen_embeddings, validation_classes=("class 0", "class 1", "class 2")
+        )
+        for patience in (60, 5)
+    )
+    assert len(long.history_) == 60
+    assert len(short.history_) < 60
+    assert short.best_epoch_ is not None
+    assert short.best_epoch_ <= len(short.history_) - 5
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    data = made_up()
+    SJE(SJEParams(epochs=1)).fit(data.train, data.seen_embeddings).save(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "weight": np.zeros((23, 8), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidInput, match=r"saved weight is \(23, 8\), not \(24, 8\)"):
+        SJE.load(tmp_path)
