@@ -39,8 +39,8 @@ def test_learns_far_above_chance_and_only_by_the_embeddings(method: type[ZeroSho
         model = fit(method, data, validation_classes=VALIDATION)
         right.append(t1(model, data))
         wrong.append(t1(model, data, -data.unseen_embeddings))
-    assert np.mean(right) > 0.6  # chance: 0.25
-    assert np.mean(wrong) < 0.25
+    assert np.mean(right) > 0.75  # chance: 0.25
+    assert np.mean(wrong) < 0.1
 
 
 def test_two_seen_classes_and_one_image_of_each(method: type[ZeroShotModel], tmp_path: Path) -> None:
