@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
-from models.classifier_params import SJEParams
+from models.catalog import METHODS, get_method
+from models.classifier_params import GradientParams, SJEParams
 from models.errors import InvalidInput
-from models.zero_shot.gradient import best_epoch, choose_epoch
+from models.evaluation import mean_per_class_accuracy
+from models.zero_shot.base import create_classifier
+from models.zero_shot.gradient import EpochModel, TrainingData, best_epoch, choose_epoch
 from models.zero_shot.sje import SJE
 from tests.models.zero_shot.made_up import made_up
+
+GRADIENT_METHODS = [method.name for method in METHODS if issubclass(method.params, GradientParams)]
 
 
 def test_best_epoch_is_smoothed_and_takes_the_earliest_of_equals() -> None:
@@ -58,3 +65,28 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     save_file({**state, "weight": np.zeros((23, 8), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(InvalidInput, match=r"saved weight is \(23, 8\), not \(24, 8\)"):
         SJE.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", GRADIENT_METHODS)
+def test_it_is_the_loss_that_makes_a_method_recognise_unseen_classes(name: str) -> None:
+    """Trained on its loss far above chance; on a loss without a gradient, or its negative, not."""
+    data = made_up(n_seen=20, n_unseen=8)
+    method = get_method(name, "classifier")
+
+    def t1(factor: float) -> float:
+        params = method.params.model_validate({"epochs": 10, "learning_rate": 0.01, "batch_size": 32})
+        model = create_classifier(name, params)
+        assert isinstance(model, EpochModel)
+        objective = model._objective
+
+        def scaled(training: TrainingData) -> Callable[[Tensor], Tensor]:
+            loss = objective(training)
+            return lambda rows: factor * loss(rows)
+
+        model._objective = scaled  # type: ignore[method-assign]
+        scores = model.fit(data.train, data.seen_embeddings).scores(data.unseen.features, data.unseen_embeddings)
+        return mean_per_class_accuracy(scores.argmax(axis=1), data.unseen.labels, range(8))
+
+    assert t1(1.0) > 0.6
+    assert t1(0.0) < 0.4
+    assert t1(-1.0) < 0.2
