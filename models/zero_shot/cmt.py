@@ -58,7 +58,8 @@ class CMT(EpochModel):
         is_novel = (self._log_density(mapped) < self._seen["threshold"]).all(dim=1)  # (B,)
         # Distances of one image to two unit vectors differ by at most 4 ||z||: enough to part the two sides.
         gap = 4 * mapped.norm(dim=1) + 1
-        return scores - gap[:, None] * (is_novel[:, None] == is_seen)
+        apart: Tensor = scores - gap[:, None] * (is_novel[:, None] == is_seen)
+        return apart
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         self._seen = None
