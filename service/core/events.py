@@ -64,10 +64,9 @@ def read(redis: Redis, job_id: str, last_id: str = "0-0", block_ms: int = 0, cou
     return parse(answer)
 
 
-def last_id(redis: Redis, job_id: str) -> str:
-    """The id of the newest event, '0-0' if there is none. Raises RedisError."""
-    newest: Any = redis.xrevrange(key(job_id), count=1)
-    return str(newest[0][0].decode()) if newest else "0-0"
+def newest_id(answer: Any) -> str:
+    """The id out of an XREVRANGE answer of one entry, '0-0' if there is none."""
+    return str(answer[0][0].decode()) if answer else "0-0"
 
 
 def parse(answer: Any) -> list[Event]:

@@ -98,28 +98,32 @@ async def stream_events(
     """Server-Sent Events: `status` and `progress`; resumable with Last-Event-ID; `end` when the job has ended."""
     if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
         raise Invalid("Last-Event-ID is not an `id` that this stream gave out; leave it out to follow from now on.")
+    cursor = last_event_id or await _newest_id(parts, job_id)  # before the state, so that nothing falls in between
     view = await run_in_threadpool(_view, parts, job_id)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    stream = _events(parts, request, view, last_event_id)
+    stream = _events(parts, request, view, cursor)
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
 
-async def _events(parts: Parts, request: Request, view: dict[str, Any], last_id: str | None) -> AsyncIterator[bytes]:
+async def _events(parts: Parts, request: Request, view: dict[str, Any], cursor: str) -> AsyncIterator[bytes]:
     """The current state first, then what Redis tells; the database is asked when Redis is silent or away."""
     deadline = time.monotonic() + STREAM_S
-    job_id, cursor = view["id"], last_id or "$"
+    job_id = view["id"]
     yield _sse("status", view)
     while view["status"] not in TERMINAL and time.monotonic() < deadline:
         if await request.is_disconnected():
             return
         entries = await _next_events(parts, job_id, cursor)
+        fresh = await run_in_threadpool(_view, parts, job_id)
+        if fresh["status"] in TERMINAL:  # what was told before the end, and after the read above
+            last = entries[-1].id if entries else cursor
+            entries += await _next_events(parts, job_id, last, wait_ms=1)
         for entry in entries:
             cursor = entry.id
             if entry.event == "progress":
                 yield _sse(entry.event, entry.data, entry.id)
-        fresh = await run_in_threadpool(_view, parts, job_id)
         if fresh["status"] != view["status"] or (not entries and fresh["progress"] != view["progress"]):
-            yield _sse("status", fresh, cursor if cursor != "$" else None)
+            yield _sse("status", fresh, cursor)
         elif not entries:
             yield b": still here\n\n"
         view = fresh
@@ -129,10 +133,17 @@ async def _events(parts: Parts, request: Request, view: dict[str, Any], last_id:
         yield b"retry: 500\nevent: reconnect\ndata: {}\n\n"
 
 
-async def _next_events(parts: Parts, job_id: str, cursor: str) -> list[events.Event]:
-    """What came after `cursor`, waiting a second at most. Not in a thread: many streams wait at once."""
+async def _newest_id(parts: Parts, job_id: str) -> str:
     try:
-        return events.parse(await parts.async_redis.xread({events.key(job_id): cursor}, count=100, block=1000))
+        return events.newest_id(await parts.async_redis.xrevrange(events.key(job_id), count=1))
+    except redis.RedisError:
+        return "0-0"
+
+
+async def _next_events(parts: Parts, job_id: str, cursor: str, wait_ms: int = 1000) -> list[events.Event]:
+    """What came after `cursor`, waiting that long at most. Not in a thread: many streams wait at once."""
+    try:
+        return events.parse(await parts.async_redis.xread({events.key(job_id): cursor}, block=wait_ms))
     except redis.RedisError:
         await asyncio.sleep(1.0)
         return []
