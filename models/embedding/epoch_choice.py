@@ -6,7 +6,7 @@ classes' by the class relation, and a closed-form compatibility (ESZSL's) on ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 
 from models.base import FloatArray, IntArray
 from models.embedding.relations import similarity_matrix_optimization, unit_rows, weighted_average
+from models.embedding.rows import blocks
 from models.errors import InvalidInput
 
 Matrix = NDArray[np.float64]
@@ -22,6 +23,7 @@ FEATURE_RIDGE = 1.0
 EMBEDDING_RIDGE = 1.0
 RELATION_RIDGE = 0.1
 TEMPERATURE_OF_SPREAD = 0.5
+UNIT_ROWS = 2048
 SMOOTHING = 2
 """Scores are averaged over this many neighbours on each side before the best is taken: one lucky epoch cannot win."""
 
@@ -42,12 +44,12 @@ class ValidationScorer:
             missing = np.setdiff1d(needed, classes[members])
             if len(missing):
                 raise InvalidInput(f"Class number {missing[0]} has no image features to validate with.")
-        units = unit_rows(features)
-        mean = units[is_train].mean(axis=0)
-        train_labels = np.searchsorted(train, classes[is_train])
         self._relations = _relations(unit_knowledge(knowledge), train, validation)
         self._labels = np.searchsorted(validation, classes[is_validation])
-        self._evidence = (units[is_validation] - mean) @ _feature_part(units[is_train] - mean, train_labels)
+        mean, weights = _feature_part(features, np.flatnonzero(is_train), np.searchsorted(train, classes[is_train]))
+        self._evidence = np.empty((len(self._labels), len(train)))
+        for block, rows in _unit_blocks(features, np.flatnonzero(is_validation)):
+            self._evidence[block] = (rows - mean) @ weights
 
     def __call__(self, class_embeddings: FloatArray) -> tuple[float, float]:
         """Of (n_train_classes, E): mean per-class accuracy, and mean log-probability of the right class."""
@@ -94,14 +96,30 @@ def _relations(knowledge: FloatArray, train: IntArray, validation: IntArray) -> 
     ]
 
 
-def _feature_part(features: Matrix, labels: IntArray) -> Matrix:
-    """ESZSL's (X^T X + g I)^-1 X^T Y for features (N, D) and classes (N,): (D, S), classes weighing the same."""
+def _feature_part(features: FloatArray, chosen: IntArray, labels: IntArray) -> tuple[Matrix, Matrix]:
+    """Mean x (D,) of the chosen rows, and ESZSL's (X^T X + g I)^-1 X^T Y (D, S) of them less x.
+
+    Rows have unit length; labels (n_chosen,) are their classes, which weigh the same.
+    """
     one_hot = np.eye(labels.max() + 1)[labels]
     one_hot /= one_hot.sum(axis=0)
-    gram = features.T @ features
+    total = np.zeros(features.shape[1])
+    gram = np.zeros((features.shape[1], features.shape[1]))
+    means = np.zeros((features.shape[1], one_hot.shape[1]))
+    for block, rows in _unit_blocks(features, chosen):
+        total += rows.sum(axis=0)
+        gram += rows.T @ rows
+        means += rows.T @ one_hot[block]
+    mean = total / len(chosen)
+    gram -= len(chosen) * np.outer(mean, mean)
     ridge = FEATURE_RIDGE * np.trace(gram) / len(gram)
-    solved: Matrix = np.linalg.solve(gram + ridge * np.eye(len(gram)), features.T @ one_hot)
-    return solved
+    return mean, np.linalg.solve(gram + ridge * np.eye(len(gram)), means - mean[:, None])
+
+
+def _unit_blocks(features: FloatArray, chosen: IntArray) -> Iterator[tuple[slice, Matrix]]:
+    """The chosen rows of `features` (which may be a memory map) at unit length, some at a time."""
+    for block in blocks(len(chosen), UNIT_ROWS):
+        yield block, unit_rows(features[chosen[block]])
 
 
 def _balanced(scores: Matrix, labels: IntArray) -> tuple[float, float]:

@@ -16,8 +16,8 @@ from models.base import FloatArray, OnProgress, Progress, ignore_progress
 from models.embedding.rows import CachedRows, blocks, feature_statistics
 from models.errors import InvalidInput, TooFewSamples
 
-QUERY_ROWS = 2048
-KEY_ROWS = 8192
+QUERY_ROWS = 4096
+KEY_ROWS = 2048
 RERANK_ROWS = 16  # their candidates fit the cache
 SPARE_CANDIDATES = 12
 SAFETY_DEVIATIONS = 6.0
@@ -35,10 +35,15 @@ class NeighbourLists:
         """The lists among the rows `keep` (ascending) only, renumbered; order is kept, `count` shrinks."""
         new_number = torch.full((len(self.index),), -1, dtype=torch.int64, device=self.index.device)
         new_number[keep] = torch.arange(len(keep), device=self.index.device)
-        index = new_number[self.index[keep]]
-        usable = (index >= 0) & (torch.arange(index.shape[1], device=index.device) < self.count[keep, None])
-        order = usable.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        return NeighbourLists(index.gather(1, order).clamp_min_(0), usable.sum(dim=1))
+        column = torch.arange(self.index.shape[1], device=self.index.device)
+        index = torch.empty((len(keep), len(column)), dtype=torch.int64, device=self.index.device)
+        count = torch.empty(len(keep), dtype=torch.int64, device=self.index.device)
+        for block in blocks(len(keep)):
+            part = new_number[self.index[keep[block]]]
+            usable = (part >= 0) & (column < self.count[keep[block], None])
+            order = usable.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+            index[block], count[block] = part.gather(1, order).clamp_min_(0), usable.sum(dim=1)
+        return NeighbourLists(index, count)
 
     def sample(self, anchors: Tensor, generator: torch.Generator) -> Tensor:
         """One random neighbour of each anchor (B,); an anchor without neighbours is its own."""
@@ -59,8 +64,9 @@ def nearest_neighbours(
     """The `n_neighbors` nearest other rows of each row, by Euclidean distance, nearest first.
 
     features: (P, D), may be a memory map. `n_neighbors` is clipped to P - 1. Equal rows are neighbours at distance 0;
-    only the row itself is left out. `use_bf16`: None decides by the device. Memory: HELD_BYTES for a compact copy
-    at most, plus blocks. Raises TooFewSamples (fewer than 2 rows), InvalidInput (NaN, n_neighbors < 1).
+    only the row itself is left out. `use_bf16`: None decides by the device. Memory: blocks; on a GPU also
+    the rows and a compact copy, HELD_BYTES each at most. Raises TooFewSamples (fewer than 2 rows), InvalidInput (NaN,
+    n_neighbors < 1).
     """
     if n_neighbors < 1:
         raise InvalidInput(f"n_neighbors must be at least 1, not {n_neighbors}.", field="n_neighbors")
@@ -69,12 +75,11 @@ def nearest_neighbours(
     mean, _ = feature_statistics(features)
     bf16 = has_fast_bf16(device) if use_bf16 is None else use_bf16
     search = _Search(features, mean, min(n_neighbors, len(features) - 1), device, bf16)
-    found = []
+    index = torch.empty((len(features), search.k), dtype=torch.int64, device=device)
     for query in blocks(len(features), QUERY_ROWS):
-        found.append(search.neighbours(query))
+        index[query] = search.neighbours(query)
         on_progress(Progress("neighbours", query.stop, len(features)))
-    index = torch.cat(found)
-    return NeighbourLists(index, torch.full((len(index),), index.shape[1], device=index.device))
+    return NeighbourLists(index, torch.full((len(index),), search.k, device=device))
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -85,6 +90,10 @@ def has_fast_bf16(device: str) -> bool:
 
 
 class _Search:
+    """Results are written into tensors made before each loop. Collected in lists, they would lie between the loop's
+    large blocks, keep the allocator from using these again, and cost hundreds of megabytes.
+    """
+
     def __init__(self, features: FloatArray, mean: FloatArray, k: int, device: str, bf16: bool) -> None:
         self.rows = CachedRows(features, device=device, resident_bytes=HELD_BYTES)
         self.n_rows, self.k, self.device = len(features), k, device
@@ -92,16 +101,17 @@ class _Search:
         self.mean = torch.from_numpy(mean).to(device)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.held: Tensor | None = None
-        if len(features) * features.shape[1] * self.dtype.itemsize <= HELD_BYTES:
+        # On the CPU it would double the memory, and save little: a block is converted once for QUERY_ROWS queries.
+        if device != "cpu" and len(features) * features.shape[1] * self.dtype.itemsize <= HELD_BYTES:
             self.held = torch.empty(features.shape, dtype=self.dtype, device=device)
             for block in blocks(len(features)):
                 self.held[block] = self.exact(block).to(self.dtype)
-        self.norms = torch.cat([self.exact(block).square_().sum(dim=1) for block in blocks(len(features))])
+        self.norms = torch.empty(len(features), device=device)
+        for block in blocks(len(features), KEY_ROWS):
+            self.norms[block] = self.exact(block).square_().sum(dim=1)
 
     def exact(self, rows: slice | Tensor) -> Tensor:
         """Centred float32 rows."""
-        if isinstance(rows, slice):
-            rows = torch.arange(rows.start, rows.stop, device=self.device)
         return self.rows.rows(rows).sub_(self.mean)
 
     def keys(self, block: slice, dtype: torch.dtype) -> Tensor:
@@ -127,8 +137,8 @@ class _Search:
         best = torch.full((len(numbers), 0), torch.inf, device=self.device)
         rows = torch.empty((len(numbers), 0), dtype=torch.int64, device=self.device)
         for block in blocks(self.n_rows, KEY_ROWS):
-            products = (queries @ self.keys(block, queries.dtype).T).float()
-            distances = torch.add(self.norms[block], products, alpha=-2)
+            products = queries @ self.keys(block, queries.dtype).T
+            distances = products.float().mul_(-2).add_(self.norms[block])
             inside = (numbers >= block.start) & (numbers < block.stop)
             distances[inside.nonzero()[:, 0], numbers[inside] - block.start] = torch.inf
             values, columns = distances.topk(min(n_candidates, distances.shape[1]), dim=1, largest=False, sorted=False)
@@ -141,14 +151,14 @@ class _Search:
     def rerank(self, numbers: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates by exact distance (ties: the lower row first), and those squared distances."""
         candidates = candidates.sort(dim=1).values
-        found, distances = [], []
+        found = torch.empty_like(candidates)
+        distances = torch.empty(candidates.shape, device=self.device)
         for part in blocks(len(numbers), RERANK_ROWS):
             rows = self.rows.rows(candidates[part].reshape(-1)).reshape(*candidates[part].shape, -1)
             difference = rows.sub_(self.rows.rows(numbers[part])[:, None, :])
             distance, order = torch.linalg.vecdot(difference, difference).sort(dim=1, stable=True)
-            found.append(candidates[part].gather(1, order))
-            distances.append(distance)
-        return torch.cat(found), torch.cat(distances)
+            found[part], distances[part] = candidates[part].gather(1, order), distance
+        return found, distances
 
     def may_miss(
         self, numbers: Tensor, approximate: Tensor, candidates: Tensor, index: Tensor, exact: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -27,7 +28,11 @@ class FeatureRows(Protocol):
 
 
 class CachedRows:
-    """Features computed once. `keep` restricts and renumbers the rows; at most `resident_bytes` are held in memory."""
+    """Features computed once. `keep` restricts and renumbers the rows.
+
+    On the CPU the table itself is read, which for a memory map is the kernel's page cache: nothing is copied, and it
+    gives way where memory is short. On a GPU at most `resident_bytes` are held there, and larger tables read in parts.
+    """
 
     def __init__(
         self,
@@ -37,34 +42,34 @@ class CachedRows:
         device: str = "cpu",
         resident_bytes: int = RESIDENT_BYTES,
     ) -> None:
-        self._features = features
-        self._keep = keep
         self._device = device
         self._n_rows = len(features) if keep is None else len(keep)
+        self._table = _view(features)
+        self._keep = None if keep is None else torch.from_numpy(np.asarray(keep, dtype=np.int64))
         n_bytes = self._n_rows * features.shape[1] * features.dtype.itemsize
-        self._resident: Tensor | None = None
-        if n_bytes <= resident_bytes:
-            # np.array copies: a read-only memory map cannot back a tensor
-            held = np.array(features) if keep is None else np.asarray(features[keep])
-            self._resident = torch.from_numpy(held).to(device)
+        if device != "cpu" and n_bytes <= resident_bytes:
+            self._table = (self._table if self._keep is None else self._table[self._keep]).to(device)
+            self._keep = None
 
     def __len__(self) -> int:
         return self._n_rows
 
-    @property
-    def is_resident(self) -> bool:
-        return self._resident is not None
-
-    def rows(self, index: Tensor) -> Tensor:
-        if self._resident is not None:
-            return self._resident.index_select(0, index).to(torch.float32)
-        wanted = index.cpu().numpy()
+    def rows(self, index: Tensor | slice) -> Tensor:
+        if isinstance(index, slice):
+            if self._keep is None:
+                return self._table[index].to(self._device, torch.float32, copy=True)
+            return self.rows(torch.arange(index.start, index.stop))
+        wanted = index.to(self._table.device)
         if self._keep is not None:
             wanted = self._keep[wanted]
-        order = np.argsort(wanted, kind="stable")  # ascending reads: each page of the map is touched once
-        found = np.empty((len(wanted), self._features.shape[1]), dtype=np.float32)
-        found[order] = self._features[wanted[order]]
-        return torch.from_numpy(found).to(self._device)
+        return self._table.index_select(0, wanted).to(self._device, torch.float32)
+
+
+def _view(features: FloatArray) -> Tensor:
+    """A tensor over the array's own memory, which nothing here writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(features))
 
 
 def blocks(n_rows: int, size: int = BLOCK_ROWS) -> Iterator[slice]:
@@ -82,7 +87,7 @@ def feature_statistics(features: FloatArray) -> tuple[FloatArray, FloatArray]:
     total = np.zeros(features.shape[1])
     squares = np.zeros(features.shape[1])
     shift = np.asarray(features[0], dtype=np.float64)  # keeps the difference of squares from cancelling
-    for block in blocks(len(features)):
+    for block in blocks(len(features), BLOCK_ROWS // 4):  # in float64
         rows = np.asarray(features[block], dtype=np.float64)
         if not np.isfinite(rows).all():
             first = block.start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress, ignore_progress
 from models.embedding.class_embedder import ClassEmbedder, Relation
-from models.embedding.relations import Matrix, check_rows, unit_rows
+from models.embedding.relations import Matrix, check_rows
+from models.embedding.rows import blocks
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples
 from models.params import ALL_NEIGHBORS, RelationParams
 
@@ -204,6 +205,8 @@ def _choose(options: Sequence[Candidate], per_class: Matrix, n_folds: int) -> Re
     return RelationChoice(chosen.candidate.relation, chosen.candidate.params, reason, table, n_folds)
 
 
+PART_ROWS = 2048
+
 Score = Callable[[Matrix, Matrix], NDArray[np.float64]]
 
 
@@ -211,17 +214,31 @@ class _Evidence:
     """Image features of all seen classes; each fold's half of the closed form that no candidate changes."""
 
     def __init__(self, images: LabelledFeatures, n_classes: int) -> None:
-        self.features = unit_rows(images.features).astype(np.float32)
+        self.features = images.features
+        every = np.arange(len(self.features))
+        self.lengths = np.empty(len(every))
+        for part in blocks(len(every), PART_ROWS):
+            self.lengths[part] = _lengths(self.features[part])
         self.rows = [np.flatnonzero(images.labels == label) for label in range(n_classes)]
-        self.means = np.stack([self.features[rows].mean(axis=0, dtype=np.float64) for rows in self.rows])
+        self.means = np.stack([self._sum(rows) / len(rows) for rows in self.rows])
         # Each class weighs the same: (D, D) sum over classes of the class's mean outer product.
-        counts = np.bincount(images.labels, minlength=n_classes)
-        self.square = self._moment(np.arange(len(self.features)), counts[images.labels])
-        self.counts = counts
+        self.counts = np.bincount(images.labels, minlength=n_classes)
+        self.square = self._moment(every, self.counts[images.labels])
+
+    def _units(self, rows: IntArray) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """These images' features at unit length, a part at a time: all of them may not fit into memory."""
+        for part in blocks(len(rows), PART_ROWS):
+            yield part, (self.features[rows[part]] / self.lengths[rows[part], None]).astype(np.float32)
+
+    def _sum(self, rows: IntArray) -> Matrix:
+        return np.asarray(sum(units.sum(axis=0, dtype=np.float64) for _, units in self._units(rows)))
 
     def _moment(self, rows: IntArray, counts: IntArray) -> Matrix:
-        weighted = self.features[rows] / np.sqrt(counts).astype(np.float32)[:, None]
-        return (weighted.T @ weighted).astype(np.float64)
+        found = np.zeros((self.features.shape[1], self.features.shape[1]))
+        for part, units in self._units(rows):
+            units /= np.sqrt(counts[part]).astype(np.float32)[:, None]
+            found += units.T @ units
+        return found
 
     def scorer(self, kept: IntArray, held_out: IntArray) -> Score:
         """A function (kept vectors (S, E'), held-out vectors (V, E')) -> accuracy of each held-out class (V,)."""
@@ -229,7 +246,7 @@ class _Evidence:
         labels = np.repeat(np.arange(len(held_out)), self.counts[held_out])
         centre = self.means[kept].mean(axis=0)
         square = self.square - self._moment(rows, self.counts[held_out][labels]) - len(kept) * np.outer(centre, centre)
-        responses = self._responses(square, (self.means[kept] - centre).T, self.features[rows] - centre)
+        responses = self._responses(square, (self.means[kept] - centre).T, rows, centre)
 
         def score(kept_vectors: Matrix, held_vectors: Matrix) -> NDArray[np.float64]:
             hits = np.zeros(len(held_out))
@@ -242,11 +259,21 @@ class _Evidence:
 
         return score
 
-    def _responses(self, square: Matrix, targets: Matrix, features: Matrix) -> list[Matrix]:
+    def _responses(self, square: Matrix, targets: Matrix, rows: IntArray, centre: Matrix) -> list[Matrix]:
         """x^T (X^T X + ridge I)^-1 X^T Y of held-out images to the kept classes: one (N, S) for each ridge."""
         scale = np.trace(square) / len(square)
         eye = np.eye(len(square))
-        return [features @ np.linalg.solve(square + ridge * scale * eye, targets) for ridge in FEATURE_RIDGES]
+        solved = np.hstack([np.linalg.solve(square + ridge * scale * eye, targets) for ridge in FEATURE_RIDGES])
+        found = np.empty((len(rows), solved.shape[1]))
+        for part, units in self._units(rows):
+            found[part] = (units - centre) @ solved
+        return np.split(found, len(FEATURE_RIDGES), axis=1)
+
+
+def _lengths(features: FloatArray) -> Matrix:
+    """(N,) Euclidean lengths; 1 for rows of (nearly) no length."""
+    lengths = np.linalg.norm(features.astype(np.float64), axis=1)
+    return np.where(lengths > 1e-12, lengths, 1.0)
 
 
 def _embedding_part(kept: Matrix, held_out: Matrix, ridge: float) -> Matrix:
@@ -269,7 +296,7 @@ def _checked(class_embeddings: FloatArray, knowledge: FloatArray, images: Labell
             raise ShapeMismatch(f"{name} has {len(rows)} rows for {len(names)} seen classes.", field=name)
     if len(images.features) != len(images.labels) or images.features.ndim != 2:
         raise ShapeMismatch(f"images has features {images.features.shape} and {len(images.labels)} labels.")
-    if not np.isfinite(images.features).all():
+    if not all(np.isfinite(images.features[part]).all() for part in blocks(len(images.features), PART_ROWS)):
         raise InvalidInput("Image features hold NaN or infinity; leave such images out.", field="images")
     if len(images.labels) and not (images.labels.min() >= 0 and images.labels.max() < len(names)):
         raise InvalidInput(f"Image labels run past the {len(names)} class names.", field="images")

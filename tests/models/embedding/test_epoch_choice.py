@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -59,13 +62,18 @@ def test_feature_statistics_are_those_of_numpy_far_from_zero() -> None:
     np.testing.assert_allclose(spread, features.astype(np.float64).std(axis=0), rtol=1e-4)
 
 
-def test_rows_read_from_the_map_equal_resident_rows() -> None:
+@pytest.mark.parametrize("keep", [None, np.arange(5, 50, 3)])
+def test_rows_are_read_from_the_table_itself(tmp_path: Path, keep: Any) -> None:
     import torch
 
     features = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float16)
-    keep = np.arange(5, 50, 3)
-    held, read = CachedRows(features, keep), CachedRows(features, keep, resident_bytes=0)
-    assert (held.is_resident, read.is_resident) == (True, False)
-    index = torch.tensor([7, 0, 7, 14, 3])
-    assert torch.equal(held.rows(index), read.rows(index))
-    np.testing.assert_array_equal(held.rows(index).numpy(), features[keep[index.numpy()]].astype(np.float32))
+    np.save(tmp_path / "features.npy", features)
+    index, chosen = torch.tensor([7, 0, 7, 14, 3]), features if keep is None else features[keep]
+    for table in (features, np.load(tmp_path / "features.npy", mmap_mode="r")):
+        rows = CachedRows(table, keep)
+        assert len(rows) == len(chosen)
+        np.testing.assert_array_equal(rows.rows(index).numpy(), chosen[index.numpy()].astype(np.float32))
+        np.testing.assert_array_equal(rows.rows(slice(3, 9)).numpy(), chosen[3:9].astype(np.float32))
+        rows.rows(slice(0, 9)).fill_(-1)  # a copy, so that nobody writes into the table
+    features[5:20] = 2  # what changes in the table is seen: nothing was copied
+    assert bool((CachedRows(features).rows(torch.arange(5, 20)) == 2).all())
