@@ -11,18 +11,25 @@ ENV PYTHONUNBUFFERED=1 \
     VIRTUAL_ENV=/opt/unseen \
     PATH=/opt/unseen/bin:$PATH
 
-# ---- dependencies are built apart from the code, so that a change of code reuses them -------------
+# ---- dependencies are installed apart from the code, so that a change of code reuses them ----------
 FROM base AS api-dependencies
 WORKDIR /src
 RUN python -m venv /opt/unseen
-COPY pyproject.toml constraints.txt README.md LICENSE unseen.py ./
-COPY models ./models
-COPY service ./service
-COPY workers ./workers
-RUN pip install -c constraints.txt '.[postgres,s3,parquet]'
+COPY pyproject.toml constraints.txt scripts/requirements.py ./
+RUN python requirements.py postgres s3 parquet > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt
 
 FROM api-dependencies AS worker-dependencies
-RUN pip install -c constraints.txt '.[torch,text,hdf5,postgres,s3]'
+RUN python requirements.py torch text hdf5 postgres s3 parquet > requirements.txt \
+    && pip install -c constraints.txt -r requirements.txt
+
+FROM api-dependencies AS api-code
+COPY . .
+RUN pip install --no-deps .
+
+FROM worker-dependencies AS worker-code
+COPY . .
+RUN pip install --no-deps .
 
 # ---- what runs: no compiler, no sources beside the installed package, not root ---------------------
 FROM base AS runtime
@@ -34,7 +41,7 @@ VOLUME /data
 WORKDIR /data
 
 FROM runtime AS api
-COPY --from=api-dependencies /opt/unseen /opt/unseen
+COPY --from=api-code /opt/unseen /opt/unseen
 USER 10001
 ENV UNSEEN_HOST=0.0.0.0 UNSEEN_PORT=8000
 EXPOSE 8000
@@ -43,7 +50,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
 CMD ["unseen", "api"]
 
 FROM runtime AS worker
-COPY --from=worker-dependencies /opt/unseen /opt/unseen
+COPY --from=worker-code /opt/unseen /opt/unseen
 USER 10001
 # A worker has no port; it is healthy while its row in the database shows a recent sign of life.
 HEALTHCHECK --interval=20s --timeout=10s --start-period=60s --retries=3 \
