@@ -24,7 +24,7 @@ from service.core import repositories
 from service.core.ids import new_id
 from service.core.tables import Dataset, Image, Knowledge
 from workers.runner import Publisher, TaskContext
-from workers.sources import open_text_encoder
+from workers.sources import describe_text_encoder
 
 INLINE = "inline.json"  # the API's name for vectors that came in the request's body
 MAX_REPORTED = 1000  # rejected files named in a result; all of them are counted
@@ -195,9 +195,8 @@ def index_knowledge(context: TaskContext) -> Publisher:
     directory = context.scratch_dir / "knowledge"
     summary: dict[str, Any] = {}
     if kind == "text_encoder":
-        encoder = open_text_encoder(payload["model"], payload["template"], context.settings)
-        dim, n_entries = encoder.dim, None
-        summary = {"model": payload["model"], "template": payload["template"]}
+        dim, summary = describe_text_encoder(payload["model"], payload["template"], context.settings)
+        n_entries = None
     elif kind == "word_vectors":
         source = _linked(context, f"source-{Path(payload['filename']).name}", payload["file"])
         index = WordVectorIndex.build(source, directory, on_progress=context.progress)

@@ -15,11 +15,11 @@ import httpx
 from models.errors import InvalidInput
 from models.knowledge.base import KnowledgeSource
 from models.knowledge.tables import ClassTable
-from models.knowledge.text_encoder import TextEncoder
+from models.knowledge.text_encoder import SAME_LOAD, TextEncoder
 from models.knowledge.word_vectors import WordVectorIndex
 from models.params import BackboneParams
 from service.core.artifacts import ArtifactStore
-from service.core.errors import Unavailable
+from service.core.errors import Conflict, Unavailable
 from service.core.settings import Settings
 from service.core.tables import Knowledge
 from workers.runtime import choose_device
@@ -46,7 +46,7 @@ def unpack(store: ArtifactStore, artifacts: Mapping[str, str], names: tuple[str,
 def open_knowledge(row: Knowledge, store: ArtifactStore, settings: Settings) -> KnowledgeSource:
     """The knowledge source behind a ready row; its files are laid out once in the cache directory."""
     if row.kind == "text_encoder":
-        return open_text_encoder(row.summary["model"], row.summary["template"], settings)
+        return _same_text_encoder(row, settings)
     names = tuple(row.artifacts)
     digest = hashlib.sha256("".join(f"{n}={row.artifacts[n]}\n" for n in sorted(names)).encode()).hexdigest()[:32]
     directory = unpack(store, row.artifacts, names, settings.cache_dir / "knowledge" / digest)
@@ -57,8 +57,37 @@ def open_text_encoder(model: str, template: str, settings: Settings) -> TextEnco
     """A sentence-transformers model by hub name, or a folder of the weights directory by its plain name."""
     device = choose_device(settings.device)
     if settings.weights_dir is not None and (local := settings.weights_dir / model).is_dir() and "/" not in model:
-        return TextEncoder(local, template, device=device)
+        return TextEncoder(model, template, folder=local, device=device)
     return TextEncoder(model, template, device=device)
+
+
+def describe_text_encoder(model: str, template: str, settings: Settings) -> tuple[int, dict[str, Any]]:
+    """Length of its vectors, and what a row says of it; InvalidInput for a model that lacks weights.
+
+    The library fills in what is missing with random numbers, other ones at every load.
+    """
+    encoder = open_text_encoder(model, template, settings)
+    dim, fingerprint = encoder.dim, encoder.fingerprint()
+    del encoder  # two large models might not fit
+    if not open_text_encoder(model, template, settings).has_fingerprint(fingerprint, within=SAME_LOAD):
+        raise InvalidInput(
+            f"The text encoder {model!r} answers differently each time it is loaded: weights that its config.json "
+            "asks for are missing. Save it anew, or download it again.",
+            field="model",
+        )
+    return dim, {"model": model, "template": template, "fingerprint": fingerprint}
+
+
+def _same_text_encoder(row: Knowledge, settings: Settings) -> TextEncoder:
+    """The encoder behind a row. Another one in its place would give vectors that do not go with the earlier ones."""
+    encoder = open_text_encoder(row.summary["model"], row.summary["template"], settings)
+    expected = row.summary.get("fingerprint")  # older rows lack it
+    if expected is not None and not encoder.has_fingerprint(expected):
+        raise Conflict(
+            f"The text encoder {encoder.model!r} has changed since knowledge {row.id!r} was made: it gives other "
+            "vectors now. Put the earlier one back, or add this one as new knowledge."
+        )
+    return encoder
 
 
 def open_backbone(params: BackboneParams, settings: Settings, *, device: str, weights: Path | None = None) -> Backbone:

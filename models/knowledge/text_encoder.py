@@ -21,6 +21,10 @@ from models.knowledge.names import readable_name
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 _MAX_TEMPLATE = 1000
+_PROBE = "a photo of a grizzly bear, two foxes and 3 zebras"
+SAME_MODEL, SAME_LOAD = 0.02, 0.001
+"""How far numbers of two fingerprints may lie apart: on whatever devices; of two loads one after the other."""
+_OWNERS = ("", "sentence-transformers/")  # where the library looks for a hub model
 _WHAT_TO_GIVE = "Give the name of a sentence-transformers model, or the folder of a downloaded one."
 
 Encode = Callable[[list[str]], "np.ndarray[Any, Any]"]
@@ -31,6 +35,7 @@ class TextEncoder:
     """Encodes class names with sentence-transformers, or with the callable `encode`.
 
     model: a model's name on the hub, or the folder of one (loaded without running code from it).
+    folder: where `model` lies, if its name does not tell.
     template: the sentence; `{}` becomes the name with separators as spaces and without a class number.
     """
 
@@ -41,6 +46,7 @@ class TextEncoder:
         model: str | Path,
         template: str = DEFAULT_TEMPLATE,
         *,
+        folder: Path | None = None,
         encode: Encode | None = None,
         batch_size: int = 64,
         device: str | None = None,
@@ -54,7 +60,7 @@ class TextEncoder:
         self._batch_size = batch_size
         self._on_progress = on_progress
         # An attribute, not hidden in a closure: who keeps encoders can see how large they are.
-        self.network = None if encode is not None else _sentence_transformer(self.model, device)
+        self.network = None if encode is not None else _sentence_transformer(self.model, folder, device)
         self._encode = encode if encode is not None else _one_at_a_time(self.network)
         self._dim: int | None = None
 
@@ -83,6 +89,16 @@ class TextEncoder:
         )
         return Lookup(tuple(names), vectors, resolutions)
 
+    def fingerprint(self) -> list[float]:
+        """Eight numbers that tell one model from another, by what it answers."""
+        vector = self._encode_batch([_PROBE])[0].astype(np.float64)
+        directions = np.cos(np.outer(np.arange(1, 9), np.arange(len(vector), dtype=np.float64) ** 2))
+        return [round(float(x), 4) for x in np.sqrt(2) * directions @ vector / np.linalg.norm(vector)]
+
+    def has_fingerprint(self, expected: Sequence[float], within: float = SAME_MODEL) -> bool:
+        """Whether this is the model whose `fingerprint` was `expected`, on whatever device that was taken."""
+        return bool(np.abs(np.array(self.fingerprint()) - np.array(expected)).max() <= within)
+
     def _sentence(self, name: str) -> str:
         return self.template.replace("{}", readable_name(name))
 
@@ -109,8 +125,8 @@ def check_template(template: str) -> None:
         )
 
 
-def _sentence_transformer(model: str, device: str | None) -> Any:
-    """The model, or InvalidInput with what is wrong with it."""
+def _sentence_transformer(model: str, folder: Path | None, device: str | None) -> Any:
+    """The model, or InvalidInput with what is wrong with it. `folder`: where it is, if `model` does not tell."""
     try:
         import sentence_transformers  # noqa: F401 - only to know whether it is there
     except ImportError as error:
@@ -119,9 +135,11 @@ def _sentence_transformer(model: str, device: str | None) -> Any:
             "Word vectors, attributes and class vectors work without it.",
             field="kind",
         ) from error
-    _check_folder(model)
+    _check_folder(model, folder or Path(model))
     try:
-        return _load(model, device)
+        return _load(str(folder or model), device)
+    except InvalidInput:
+        raise
     except Exception as error:  # the library raises OSError, ValueError and its hub client's own errors
         raise InvalidInput(
             f"The text encoder {model!r} cannot be loaded: {_reason(error)} {_WHAT_TO_GIVE}", field="model"
@@ -149,6 +167,8 @@ def _load(model: str, device: str | None) -> Any:
         # The hub is not asked again: jobs agree with each other, and where there is no network nobody waits for it.
         with suppress(Exception):  # the download was cut short
             return SentenceTransformer(model, device=device, trust_remote_code=False, local_files_only=True)
+    elif not Path(model).is_dir():
+        _ask_the_hub(model)
     return SentenceTransformer(model, device=device, trust_remote_code=False)
 
 
@@ -156,15 +176,34 @@ def _is_downloaded(model: str) -> bool:
     """Whether the local cache has a hub model, together with the list of its parts (or the word that there is none)."""
     from huggingface_hub import try_to_load_from_cache
 
-    owners = ("", "sentence-transformers/")  # where the library looks for it, too
     with suppress(ValueError):  # no name that the hub could have
-        return any(try_to_load_from_cache(owner + model, "modules.json") is not None for owner in owners)
+        return any(try_to_load_from_cache(owner + model, "modules.json") is not None for owner in _OWNERS)
     return False
 
 
-def _check_folder(model: str) -> None:
+def _ask_the_hub(model: str) -> None:
+    """InvalidInput for a model that the hub lacks, or if it cannot be reached: the library would try for a minute."""
+    from huggingface_hub import repo_exists
+
+    try:
+        exists = any(repo_exists(owner + model) for owner in _OWNERS)
+    except ValueError:  # no name that the hub could have
+        exists = False
+    except Exception as error:  # the hub client's own errors, and those of its HTTP library
+        raise InvalidInput(
+            f"The text encoder {model!r} is no folder here, and the hub cannot be reached ({type(error).__name__}). "
+            "Put the model's folder on the machine of the worker, and give its path (its name in UNSEEN_WEIGHTS_DIR).",
+            field="model",
+        ) from error
+    if not exists:
+        raise InvalidInput(
+            f"The text encoder {model!r} is no folder here, and the hub has no model of that name. {_WHAT_TO_GIVE}",
+            field="model",
+        )
+
+
+def _check_folder(model: str, folder: Path) -> None:
     """InvalidInput for a path where no model is. The library would ask the hub for it, or complain about its own."""
-    folder = Path(model)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
             raise InvalidInput(
@@ -182,5 +221,7 @@ def _reason(error: Exception) -> str:
         return "its weights are a pickle of more than numbers, which is never opened. Save it anew as safetensors."
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run."
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other sizes than its config.json says."
     lines = [type(error).__name__, *str(error).strip().splitlines()[:1]]
     return ": ".join(lines).rstrip(".")[:300] + "."

@@ -17,7 +17,7 @@ import pytest
 from models.base import Progress
 from models.errors import InvalidInput, MissingKnowledge
 from models.knowledge.base import require
-from models.knowledge.text_encoder import TextEncoder
+from models.knowledge.text_encoder import SAME_LOAD, TextEncoder
 
 
 class LetterCounts:
@@ -93,18 +93,31 @@ def test_a_missing_extra_is_named() -> None:
 class Library:
     """Stands in for sentence-transformers and for what it brings along; `answers` are one a load, in turn."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, in_cache: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, in_cache: tuple[str, ...] = (), hub: Any = ("some-model",)
+    ) -> None:
+        """hub: the models it has, or the error it answers with."""
         self.answers: list[Any] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
         for name, members in {
             "sentence_transformers": {"SentenceTransformer": self.load},
             "transformers": {},
             "transformers.utils": {"logging": SimpleNamespace(disable_progress_bar=lambda: None)},
-            "huggingface_hub": {"try_to_load_from_cache": lambda repo, file: "path" if repo in in_cache else None},
+            "huggingface_hub": {
+                "try_to_load_from_cache": lambda repo, file: "path" if repo in in_cache else None,
+                "repo_exists": lambda repo: self.ask(repo, hub),
+            },
         }.items():
             module = ModuleType(name)
             vars(module).update(members)
             monkeypatch.setitem(sys.modules, name, module)
+
+    def ask(self, repo: str, hub: Any) -> bool:
+        if isinstance(hub, Exception):
+            raise hub
+        if repo.count("/") > 1:
+            raise ValueError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'")
+        return repo in hub
 
     def load(self, model: str, **options: Any) -> Any:
         self.calls.append((model, options))
@@ -138,6 +151,57 @@ def test_a_download_that_was_cut_short_is_made_again(monkeypatch: pytest.MonkeyP
     assert [options.get("local_files_only") for _, options in library.calls] == [True, None]
 
 
+@pytest.mark.parametrize("name", ["no-such-model", "owner/no-such-model"])
+def test_a_model_that_the_hub_lacks_is_told_at_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    library = Library(monkeypatch)
+    with pytest.raises(
+        InvalidInput, match=f"'{name}' is no folder here, and the hub has no model of that name"
+    ) as caught:
+        TextEncoder(name)
+    assert (caught.value.field, library.calls) == ("model", [])
+
+
+def test_the_librarys_own_models_need_no_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(monkeypatch, hub=("sentence-transformers/all-MiniLM-L6-v2",))
+    TextEncoder("all-MiniLM-L6-v2")
+    assert [model for model, _ in library.calls] == ["all-MiniLM-L6-v2"]
+
+
+def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(monkeypatch, hub=ConnectionError("Connection refused"))
+    with pytest.raises(InvalidInput, match=r"the hub cannot be reached \(ConnectionError\)\. Put the model's folder"):
+        TextEncoder("some-model")
+    assert library.calls == []
+
+
+def test_a_folder_may_have_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Messages say what the caller said, not where it lies on the server."""
+    library = Library(monkeypatch)
+    with pytest.raises(InvalidInput, match="The folder 'mine' holds no text encoder"):
+        TextEncoder("mine", folder=tmp_path)
+    (tmp_path / "config.json").touch()
+    assert TextEncoder("mine", folder=tmp_path).model == "mine"
+    library.answers = [OSError("no weights")]
+    with pytest.raises(InvalidInput, match="'mine' cannot be loaded"):
+        TextEncoder("mine", folder=tmp_path)
+    assert [model for model, _ in library.calls] == [str(tmp_path)] * 2
+
+
+def test_a_fingerprint_tells_models_apart_and_allows_for_rounding() -> None:
+    generator = np.random.default_rng(0)
+    answer = generator.standard_normal((1, 384))
+
+    def encoder(vectors: np.ndarray[Any, Any]) -> TextEncoder:
+        return TextEncoder("fake", encode=lambda texts: vectors)
+
+    expected = encoder(answer).fingerprint()
+    assert len(expected) == 8
+    assert encoder(3 * answer.astype(np.float16)).has_fingerprint(expected)  # another device's arithmetic
+    assert not encoder(answer + 0.1 * generator.standard_normal((1, 384))).has_fingerprint(expected)
+    assert not encoder(answer[:, ::-1]).has_fingerprint(expected)
+    assert not encoder(answer[:, :200]).has_fingerprint(expected)
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./folder", "../folder", "~/folder", "a/b/c"])
 def test_paths_are_never_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     library = Library(monkeypatch)
@@ -168,6 +232,7 @@ def test_a_folder_that_is_no_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp
             UnpicklingError("Re-running with `weights_only` set to `False` will succeed."),
             "Save it anew as safetensors. ",
         ),
+        (RuntimeError("You set `ignore_mismatched_sizes` to `False`."), "other sizes than its config.json says. "),
         (RuntimeError(), "RuntimeError. "),
     ],
 )
@@ -249,3 +314,19 @@ def test_code_in_a_models_folder_is_not_run(tiny_model: Path, tmp_path: Path) ->
     with pytest.raises(InvalidInput, match="Python code of its own, which is never run"):
         TextEncoder(folder, device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_real_model_is_known_again_and_one_without_weights_never_is(tiny_model: Path, tmp_path: Path) -> None:
+    """The library fills in missing weights with random numbers, and only logs it."""
+    from safetensors.numpy import load_file, save_file
+
+    expected = TextEncoder(tiny_model, device="cpu").fingerprint()
+    assert TextEncoder(tiny_model, device="cpu").has_fingerprint(expected)
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    few = {name: weight for name, weight in weights.items() if "attention" not in name}
+    assert len(few) < len(weights)
+    save_file(few, folder / "model.safetensors", metadata={"format": "pt"})
+    first = TextEncoder(folder, device="cpu").fingerprint()
+    assert not TextEncoder(folder, device="cpu").has_fingerprint(first, within=SAME_LOAD)

@@ -1,0 +1,73 @@
+"""Text encoders behind rows: one model for good. The library is stood in for; no extra is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.errors import InvalidInput
+from models.knowledge.text_encoder import TextEncoder
+from service.core.errors import Conflict
+from service.core.settings import Settings
+from service.core.tables import Knowledge
+from workers import sources
+from workers.sources import describe_text_encoder, open_knowledge
+
+Opened = list[tuple[str, Path | None]]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """What was opened, as (model, folder); a model's vectors follow from its name, but 'random' has new ones a load."""
+    calls: Opened = []
+
+    def make(model: str, template: str, *, folder: Path | None = None, device: str | None = None) -> TextEncoder:
+        calls.append((model, folder))
+        vector = np.random.default_rng(len(calls) if model == "random" else len(model)).standard_normal((1, 64))
+
+        def encode(texts: list[str]) -> np.ndarray[Any, Any]:
+            return np.repeat(vector, len(texts), axis=0)
+
+        return TextEncoder(model, template, folder=folder, encode=encode)
+
+    monkeypatch.setattr(sources, "TextEncoder", make)
+    return calls
+
+
+def row(summary: dict[str, Any]) -> Knowledge:
+    return Knowledge(id="kn_1", name="text", kind="text_encoder", status="ready", summary=summary, artifacts={})
+
+
+def test_a_row_says_which_model_it_was(opened: Opened, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, device="cpu")
+    dim, summary = describe_text_encoder("some-model", "a {}", settings)
+    assert (dim, summary["model"], summary["template"]) == (64, "some-model", "a {}")
+    source = open_knowledge(row(summary), None, settings)  # type: ignore[arg-type]
+    assert isinstance(source, TextEncoder)
+    assert source.template == "a {}"
+    assert open_knowledge(row({"model": "m", "template": "{}"}), None, settings).dim == 64  # type: ignore[arg-type]
+
+
+def test_another_model_in_its_place_is_refused(opened: Opened, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, device="cpu")
+    _, summary = describe_text_encoder("some-model", "{}", settings)
+    with pytest.raises(Conflict, match="'another' has changed since knowledge 'kn_1' was made"):
+        open_knowledge(row(summary | {"model": "another"}), None, settings)  # type: ignore[arg-type]
+
+
+def test_a_model_that_lacks_weights_is_refused(opened: Opened, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="answers differently each time") as caught:
+        describe_text_encoder("random", "{}", Settings(data_dir=tmp_path, device="cpu"))
+    assert caught.value.field == "model"
+
+
+def test_a_plain_name_is_looked_for_in_the_weights_directory(opened: Opened, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    settings = Settings(data_dir=tmp_path / "data", weights_dir=tmp_path, device="cpu")
+    for model in ("mine", "owner/name", "other"):
+        assert sources.open_text_encoder(model, "{}", settings).model == model
+    assert opened == [("mine", tmp_path / "mine"), ("owner/name", None), ("other", None)]
