@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from models import classic_params, classifier_params, params
+from models import classic_params, classifier_params, generative_params, params
 from models.errors import UnknownName
 
 Kind = Literal["embedding", "relation", "classifier"]
@@ -166,6 +166,24 @@ METHODS: tuple[Method, ...] = (
         classifier_params.PSRParams,
         "Preserving Semantic Relations for Zero-Shot Learning (CVPR 2018)",
         "https://arxiv.org/abs/1803.03049",
+    ),
+    Method(
+        "f_clswgan",
+        "classifier",
+        "Wasserstein GAN that generates features of unseen classes, with a classification loss.",
+        "models.zero_shot.f_clswgan:FCLSWGAN",
+        generative_params.FCLSWGANParams,
+        "Feature Generating Networks for Zero-Shot Learning (CVPR 2018)",
+        "https://arxiv.org/abs/1712.00981",
+    ),
+    Method(
+        "f_vaegan",
+        "classifier",
+        "VAE and Wasserstein GAN in one, generating features of unseen classes (inductive).",
+        "models.zero_shot.f_vaegan:FVAEGAN",
+        generative_params.FVAEGANParams,
+        "f-VAEGAN-D2: A Feature Generating Framework for Any-Shot Learning (CVPR 2019)",
+        "https://arxiv.org/abs/1903.10132",
     ),
     Method(
         "sae",

@@ -12,8 +12,8 @@ from pydantic import Field
 from models.params import Params
 
 
-class GradientParams(Params):
-    """What every classifier that learns by gradient descent takes."""
+class EpochParams(Params):
+    """What every classifier that learns in epochs takes."""
 
     epochs: int = Field(100, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a step.")
@@ -31,6 +31,10 @@ class GradientParams(Params):
         description="Groups of seen classes that take turns as unseen while settings are chosen, the validation "
         "classes first; 1: the validation classes alone.",
     )
+
+
+class GradientParams(EpochParams):
+    """What every classifier takes that learns a compatibility by gradient descent."""
 
 
 class SJEParams(GradientParams):

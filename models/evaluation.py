@@ -24,6 +24,11 @@ BoolArray = NDArray[np.bool_]
 class Scorer(Protocol):
     """What `evaluate` needs of a classifier."""
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether a class's scores depend on which other classes are scored with it."""
+        ...
+
     def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
         """Compatibility (n_images, n_classes) of each image with each class; higher is better."""
         ...

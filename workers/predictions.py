@@ -85,7 +85,10 @@ def rank(
     gamma (None: the resident's own) handicaps seen classes; it changes nothing where only one side competes.
     """
     is_seen = resident.is_seen[classes]
-    scores = resident.classifier.scores(features, resident.embeddings[classes])
+    if resident.classifier.is_joint:  # trained for all classes once, not again for every choice of them
+        scores = resident.classifier.scores(features, resident.embeddings)[:, classes]
+    else:
+        scores = resident.classifier.scores(features, resident.embeddings[classes])
     scores = calibrated_stacking(scores, is_seen, resident.gamma if gamma is None else gamma)
     probabilities = softmax(scores.astype(np.float64) / resident.temperature, axis=1)
     return [

@@ -46,6 +46,8 @@ class ZeroShotModel(ABC):
 
     method: ClassVar[str]
     params_class: ClassVar[type[Params]]
+    is_joint: bool = False
+    """Whether a class's scores depend on which other classes are scored with it."""
 
     def __init__(self, params: Params | None = None, *, seed: int = 0, device: str = "cpu") -> None:
         self.params = params if params is not None else self.params_class()

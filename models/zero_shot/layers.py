@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,11 +20,17 @@ def linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
     return layer
 
 
-def perceptron(dims: Sequence[int], generator: torch.Generator, *, output: nn.Module | None = None) -> nn.Sequential:
-    """Linear layers of `dims` with ReLU between them, and `output` after the last."""
+def perceptron(
+    dims: Sequence[int],
+    generator: torch.Generator,
+    *,
+    hidden: Callable[[], nn.Module] = nn.ReLU,
+    output: nn.Module | None = None,
+) -> nn.Sequential:
+    """Linear layers of `dims` with `hidden` between them, and `output` after the last."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(dims):
-        layers += [linear(n_in, n_out, generator), nn.ReLU()]
+        layers += [linear(n_in, n_out, generator), hidden()]
     layers.pop()
     if output is not None:
         layers.append(output)

@@ -29,7 +29,7 @@ from torch.nn import functional
 from models.base import FloatArray
 from models.classifier_params import PSRParams
 from models.params import Params
-from models.zero_shot.gradient import EpochModel, TrainingData
+from models.zero_shot.gradient import GradientModel, TrainingData
 from models.zero_shot.layers import perceptron
 from models.zero_shot.tuples import Relations, TupleMiner, dissimilar_term, similar_term
 
@@ -72,7 +72,7 @@ class SemanticInference:
     dissimilar: tuple[tuple[int, float], ...]
 
 
-class PSR(EpochModel):
+class PSR(GradientModel):
     """Encoder-decoder trained on mined tuples; scores are cosines."""
 
     method: ClassVar[str] = "psr"

@@ -48,6 +48,8 @@ def plain_h(scores: FloatArray, labels: list[int], seen: list[bool], gamma: floa
 class Lookup:
     """A scorer whose features are the scores themselves: column c for the class whose embedding is [c]."""
 
+    is_joint = False
+
     def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
         return features[:, class_embeddings[:, 0].astype(int)]
 

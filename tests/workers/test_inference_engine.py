@@ -49,6 +49,8 @@ class MeanColour:
 class Dot:
     """score = feature . embedding."""
 
+    is_joint = False
+
     def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
         return np.asarray(features @ class_embeddings.T, np.float32)
 
@@ -188,6 +190,8 @@ def test_failing_backbone_fails_its_requests_and_the_engine_lives_on(engine: Eng
 
 def test_failing_classifier_fails_its_request_only(engine: Engine) -> None:
     class Broken:
+        is_joint = False
+
         def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
             raise InvalidInput("no such thing")
 
@@ -267,6 +271,8 @@ def test_features_are_those_of_the_training_extraction() -> None:
     seen: list[FloatArray] = []
 
     class Keep:
+        is_joint = False
+
         def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
             seen.append(features)
             return np.zeros((len(features), len(class_embeddings)), np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from models.base import OnProgress
 from models.catalog import METHODS, get_method
 from models.classifier_params import GradientParams, SJEParams
 from models.errors import InvalidInput
 from models.evaluation import mean_per_class_accuracy
+from models.zero_shot import epochs
 from models.zero_shot.base import create_classifier
-from models.zero_shot.gradient import EpochModel, TrainingData, best_epoch, choose_epoch
+from models.zero_shot.epochs import best_epoch, choose_epoch
+from models.zero_shot.folds import Rows
+from models.zero_shot.gradient import GradientModel, TrainingData
 from models.zero_shot.sje import SJE
 from tests.models.zero_shot.made_up import made_up
 
@@ -58,6 +62,26 @@ def test_patience_ends_the_search_early() -> None:
     assert short.best_epoch_ <= len(short.history_) - 5
 
 
+def test_the_chosen_epoch_of_a_single_fold_is_not_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = made_up()
+    params = SJEParams(epochs=30, learning_rate=0.02, patience=8, folds=1)
+    calls: list[int] = []
+    original = SJE._epochs
+
+    def counted(self: SJE, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+        calls.append(epochs)
+        return original(self, train, epochs, on_progress)
+
+    monkeypatch.setattr(SJE, "_epochs", counted)
+    inputs = data.train, data.seen_embeddings
+    kept = SJE(params).fit(*inputs, validation_classes=("class 0", "class 1", "class 2"))
+    assert calls == [30, kept.best_epoch_]  # the search, and all seen classes
+    monkeypatch.setattr(epochs._Snapshots, "restore", lambda *_: False)
+    again = SJE(params).fit(*inputs, validation_classes=("class 0", "class 1", "class 2"))
+    assert len(calls) == 5
+    assert (kept.validation_, kept.gamma_, kept.temperature_) == (again.validation_, again.gamma_, again.temperature_)
+
+
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     data = made_up()
     SJE(SJEParams(epochs=1)).fit(data.train, data.seen_embeddings).save(tmp_path)
@@ -76,7 +100,7 @@ def test_it_is_the_loss_that_makes_a_method_recognise_unseen_classes(name: str) 
     def t1(factor: float) -> float:
         params = method.params.model_validate({"epochs": 10, "learning_rate": 0.01, "batch_size": 32})
         model = create_classifier(name, params)
-        assert isinstance(model, EpochModel)
+        assert isinstance(model, GradientModel)
         objective = model._objective
 
         def scaled(training: TrainingData) -> Callable[[Tensor], Tensor]:

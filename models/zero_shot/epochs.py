@@ -1,0 +1,134 @@
+"""What classifiers that learn in epochs share: validation after each, choosing the epoch over folds, refitting.
+
+A method trains its network and yields after each epoch; `EpochModel` does the rest. While settings are chosen, each
+fold's trial watches T1 on classes that it does not learn from; the epoch that is best over the folds is then trained
+on all seen classes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.base import FloatArray, OnProgress, Progress
+from models.classifier_params import EpochParams
+from models.errors import ShapeMismatch
+from models.zero_shot.base import History, Setting, ZeroShotModel
+from models.zero_shot.folds import Rows
+from models.zero_shot.scaling import Scaling
+
+Weights = dict[str, Tensor]
+REACH = 2
+"""An epoch's T1 is averaged with this many neighbours a side."""
+
+
+class EpochModel(ZeroShotModel):
+    """Trains a network epoch by epoch and chooses their number on validation classes."""
+
+    params: EpochParams
+    network: nn.Module
+    _kept: _Snapshots | None = None
+
+    @abstractmethod
+    def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
+        """A network with fresh weights, drawn from `generator` alone."""
+
+    @abstractmethod
+    def _epochs(self, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+        """Make `self.network` and train it; after each epoch its number and losses, the first of them `loss`.
+
+        `on_progress` is for what comes before the first epoch.
+        """
+
+    def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
+        epochs = int(setting["epoch"]) if setting is not None else self.params.epochs
+        history: History = []
+        if self._kept is not None and self._kept.restore(self.network, train, epochs):
+            return {"epoch": float(epochs)}, history
+        for entry in self._epochs(train, epochs, on_progress):
+            on_progress(Progress("training", len(history) + 1, epochs, _metrics(entry)))
+            history.append(entry)
+        return {"epoch": float(epochs)}, history
+
+    def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
+        if not self.params.early_stopping:
+            return []
+        history: History = []
+        self._kept = _Snapshots(train)
+        for entry in self._epochs(train, self.params.epochs, on_progress):
+            entry["validation_t1"] = self._validation_t1(validation)
+            history.append(entry)
+            curve = [entry["validation_t1"] for entry in history]
+            self._kept.take(self.network, curve)
+            on_progress(Progress("choosing", len(history), self.params.epochs, _metrics(entry)))
+            if len(history) - best_epoch(curve) >= self.params.patience:
+                break
+        return history
+
+    def _pick(self, tried: list[History]) -> Setting:
+        return {"epoch": float(choose_epoch([[entry["validation_t1"] for entry in history] for history in tried]))}
+
+    def _state(self) -> dict[str, FloatArray]:
+        return {name: tensor.detach().cpu().numpy() for name, tensor in self.network.state_dict().items()}
+
+    def _restore(self, state: Mapping[str, FloatArray]) -> None:
+        network = self._make_network(*self._dims, torch.Generator())
+        for name, own in network.state_dict().items():
+            if state[name].shape != tuple(own.shape):
+                raise ShapeMismatch(f"The saved {name} is {state[name].shape}, not {tuple(own.shape)}. Save it again.")
+        network.load_state_dict({name: torch.from_numpy(state[name]) for name in network.state_dict()})
+        self.network = network.to(self.device)
+
+    def _scaling_kind(self) -> Scaling:
+        return self.params.normalize
+
+
+class _Snapshots:
+    """Weights after the epochs that can still turn out to be the best: those need no second training."""
+
+    def __init__(self, train: Rows) -> None:
+        self._train = train
+        self._weights: dict[int, Weights] = {}
+
+    def take(self, network: nn.Module, curve: Sequence[float]) -> None:
+        """Keep what `network` is after epoch len(curve), and let go of what cannot be the best any more."""
+        self._weights[len(curve)] = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        settled = len(curve) - REACH  # what comes later changes the smoothed T1 of later epochs only
+        keep = {best_epoch(curve, settled) if settled > 0 else 1, *range(settled + 1, len(curve) + 1)}
+        self._weights = {epoch: weights for epoch, weights in self._weights.items() if epoch in keep}
+
+    def restore(self, network: nn.Module, train: Rows, epoch: int) -> bool:
+        """Put `network` back to where it was after `epoch` on the same rows; False where that is not kept."""
+        if train is not self._train or epoch not in self._weights:
+            return False
+        network.load_state_dict(self._weights[epoch])
+        return True
+
+
+def _metrics(entry: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name != "epoch"}
+
+
+def smoothed(t1: Sequence[float]) -> list[float]:
+    """Each epoch's `t1` averaged with its neighbours: one lucky epoch cannot win."""
+    return [float(np.mean(t1[max(0, i - REACH) : i + REACH + 1])) for i in range(len(t1))]
+
+
+def best_epoch(t1: Sequence[float], last: int | None = None) -> int:
+    """The epoch, from 1 (to `last`), with the highest smoothed `t1`; ties: the earliest."""
+    return int(np.argmax(np.round(smoothed(t1)[:last], 9))) + 1
+
+
+def choose_epoch(folds: Sequence[Sequence[float]]) -> int:
+    """The epoch, from 1, with the highest smoothed T1 on average over the folds; ties: the earliest.
+
+    A fold that stopped early stays where it was. Earlier epochs within one standard error are not preferred: five
+    folds of a few classes have so large an error that training would end after its first steps.
+    """
+    longest = max(len(t1) for t1 in folds)
+    curves = [np.pad(smoothed(t1), (0, longest - len(t1)), mode="edge") for t1 in folds]
+    return int(np.argmax(np.round(np.mean(curves, axis=0), 9))) + 1

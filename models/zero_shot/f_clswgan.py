@@ -1,0 +1,77 @@
+"""f-CLSWGAN: a conditional Wasserstein GAN that generates features, held to classes by a classification loss.
+
+Xian et al., "Feature Generating Networks for Zero-Shot Learning" (CVPR 2018, https://arxiv.org/abs/1712.00981):
+    min_G max_D  L_WGAN + beta L_CLS,  L_CLS = -E log P(y | G(z, a_y))                                   (Eq. 3, 4)
+with P a softmax that was trained on real features of the seen classes. Networks as in the authors' code: one hidden
+layer with leaky ReLU; G ends in ReLU, as the features do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.base import OnProgress
+from models.generative_params import FCLSWGANParams
+from models.params import Params
+from models.zero_shot.final import train_softmax
+from models.zero_shot.generative import Averages, GenerativeModel, batches, draw, noise_dim
+from models.zero_shot.gradient import TrainingData
+from models.zero_shot.layers import perceptron
+from models.zero_shot.wgan import Adversary, adam, descend
+
+
+class FCLSWGAN(GenerativeModel):
+    """Features from noise and class embedding."""
+
+    method: ClassVar[str] = "f_clswgan"
+    params_class: ClassVar[type[Params]] = FCLSWGANParams
+    params: FCLSWGANParams
+
+    def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
+        width = noise_dim(self.params, embedding_dim)
+        return perceptron(
+            [width + embedding_dim, self.params.hidden_dim, feature_dim],
+            generator,
+            hidden=lambda: nn.LeakyReLU(0.2),
+            output=nn.ReLU() if self.params.normalize in ("minmax", "none") else None,  # others have negative features
+        )
+
+    def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        noise = draw(len(embeddings), noise_dim(self.params, embeddings.shape[1]), generator)
+        features: Tensor = self.network(torch.cat([noise, embeddings], dim=1))
+        return features
+
+    def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002 - quick
+        params, chance = self.params, data.generator
+        weight, bias = train_softmax(
+            data.features,
+            data.labels,
+            len(data.embeddings),
+            epochs=params.class_epochs,
+            learning_rate=params.final_learning_rate,
+            batch_size=params.batch_size,
+            seed=self.seed,
+        )
+        adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], self.seed, self.device)
+        optimizer = adam(params, self.network)
+        steps = batches(len(data.features), params.batch_size, chance)
+        while True:
+            averages = Averages()
+            for _ in range(params.steps_per_epoch):
+                for rows in islice(steps, params.critic_steps):
+                    embeddings = data.embeddings[data.labels[rows]]
+                    with torch.no_grad():
+                        fake = self._generate(embeddings, chance)
+                    averages.add(distance=adversary.learn(data.features[rows], fake, embeddings, chance))
+                fake = self._generate(embeddings, chance)
+                class_loss = functional.cross_entropy(fake @ weight.T + bias, data.labels[rows])
+                loss = adversary.judge(fake, embeddings) + params.class_weight * class_loss
+                descend(optimizer, loss)
+                averages.add(loss=loss, class_loss=class_loss)
+            yield averages.means()

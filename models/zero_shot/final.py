@@ -1,0 +1,322 @@
+"""Final classifiers of methods that generate features: real rows of seen classes beside generated ones of unseen.
+
+`lda`, `nearest_mean` and `nearest` score a class by its own rows, so that classes can come and go at no cost; `softmax`
+and `svm`, which the papers use, are trained anew for each set of classes that competes. Letters in trailing comments:
+B images of a step, C classes, R the representation's width, S seen classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from sklearn.svm import LinearSVC
+from torch import Tensor
+from torch.nn import functional
+
+from models.base import FloatArray, IntArray
+from models.errors import InvalidInput
+from models.generative_params import GenerativeParams
+from models.zero_shot.layers import linear
+
+CACHED_CLASSES = 100_000
+CACHED_SETS = 4
+
+
+@dataclass(frozen=True)
+class RealRows:
+    """Training images as the final classifier sees them: rows (N, R), labels (N,) of the S seen classes."""
+
+    rows: Tensor
+    labels: Tensor
+    n_classes: int
+
+
+@dataclass(frozen=True)
+class Competing:
+    """The classes that compete: embeddings (C, E), each one's number among the seen classes or -1, and a generator.
+
+    generate: numbers of classes -> generated rows of each, (n, n_rows, R).
+    """
+
+    embeddings: FloatArray
+    seen: IntArray
+    generate: Callable[[IntArray], Tensor]
+
+
+class FinalClassifier(ABC):
+    """Scores rows for competing classes; `state` holds what `restore` needs."""
+
+    is_joint: ClassVar[bool] = False
+
+    def __init__(self, params: GenerativeParams, seed: int) -> None:
+        self.params, self.seed = params, seed
+
+    @abstractmethod
+    def fit(self, real: RealRows) -> None:
+        """Take in the seen classes' rows."""
+
+    @abstractmethod
+    def scores(self, rows: Tensor, classes: Competing) -> Tensor:
+        """(B, C) of rows (B, R)."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The learned tensors."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+
+
+class _ByClass(FinalClassifier):
+    """One summary (K, R) a class, kept for classes that come again."""
+
+    def __init__(self, params: GenerativeParams, seed: int) -> None:
+        super().__init__(params, seed)
+        self._generated: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    @abstractmethod
+    def _summary(self, rows: Tensor) -> Tensor:
+        """(..., K, R) of a class's rows (..., n, R)."""
+
+    @abstractmethod
+    def _seen_summary(self, number: int) -> Tensor:
+        """(K, R) of a seen class's real rows."""
+
+    def _summaries(self, classes: Competing) -> list[Tensor]:
+        keys = [row.tobytes() for row in classes.embeddings]
+        new = np.array([c for c in np.flatnonzero(classes.seen < 0) if keys[c] not in self._generated], np.int64)
+        for part in np.array_split(new, max(1, -(-len(new) * self.params.synthetic_per_class // 2**16))):
+            for c, summary in zip(part, self._summary(classes.generate(part)) if len(part) else (), strict=True):
+                self._generated[keys[c]] = summary
+        found = [
+            self._seen_summary(int(number)) if number >= 0 else self._generated[key]
+            for key, number in zip(keys, classes.seen, strict=True)
+        ]
+        while len(self._generated) > CACHED_CLASSES:
+            self._generated.popitem(last=False)
+        return found
+
+
+class LinearDiscriminants(_ByClass):
+    """Gaussians with one covariance: x^T P m_c - m_c^T P m_c / 2 about the mean of the seen classes' means.
+
+    m_c: mean of the class's rows; P: inverse of the seen classes' within-class covariance, shrunk to the identity.
+    """
+
+    def fit(self, real: RealRows) -> None:
+        counts = torch.bincount(real.labels, minlength=real.n_classes)  # (S,)
+        sums = torch.zeros(real.n_classes, real.rows.shape[1], device=real.rows.device)
+        self._means = sums.index_add_(0, real.labels, real.rows) / counts[:, None]  # (S, R)
+        self._origin = self._means.mean(dim=0)
+        # Classes weigh the same, as in the measures.
+        within = (real.rows - self._means[real.labels]) * counts[real.labels, None].float().rsqrt()
+        covariance = (within.T @ within / real.n_classes).double()  # (R, R)
+        level = covariance.diagonal().mean().clamp(min=1e-12)
+        covariance *= 1 - self.params.shrinkage
+        covariance.diagonal().add_(self.params.shrinkage * level)
+        self._precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance)).float()
+
+    def scores(self, rows: Tensor, classes: Competing) -> Tensor:
+        means = torch.cat(self._summaries(classes)) - self._origin  # (C, R)
+        weight = means @ self._precision
+        return (rows - self._origin) @ weight.T - (weight * means).sum(dim=1) / 2
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": self._means, "origin": self._origin, "precision": self._precision}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._means, self._origin, self._precision = state["means"], state["origin"], state["precision"]
+
+    def _summary(self, rows: Tensor) -> Tensor:
+        return rows.mean(dim=-2, keepdim=True)
+
+    def _seen_summary(self, number: int) -> Tensor:
+        return self._means[number, None]
+
+
+class NearestMean(_ByClass):
+    """Cosine with the mean of a class's unit rows."""
+
+    def fit(self, real: RealRows) -> None:
+        sums = torch.zeros(real.n_classes, real.rows.shape[1], device=real.rows.device)
+        sums.index_add_(0, real.labels, functional.normalize(real.rows, dim=1))
+        self._means = functional.normalize(sums, dim=1)
+
+    def scores(self, rows: Tensor, classes: Competing) -> Tensor:
+        return functional.normalize(rows, dim=1) @ torch.cat(self._summaries(classes)).T
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": self._means}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._means = state["means"]
+
+    def _summary(self, rows: Tensor) -> Tensor:
+        return functional.normalize(functional.normalize(rows, dim=-1).mean(dim=-2, keepdim=True), dim=-1)
+
+    def _seen_summary(self, number: int) -> Tensor:
+        return self._means[number, None]
+
+
+class Nearest(_ByClass):
+    """Cosine with the nearest row of a class."""
+
+    def fit(self, real: RealRows) -> None:
+        self._rows, self._labels = functional.normalize(real.rows, dim=1), real.labels
+
+    def scores(self, rows: Tensor, classes: Competing) -> Tensor:
+        unit = functional.normalize(rows, dim=1)
+        return torch.stack([(unit @ summary.T).amax(dim=1) for summary in self._summaries(classes)], dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"rows": self._rows, "labels": self._labels}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._rows, self._labels = state["rows"], state["labels"]
+
+    def _summary(self, rows: Tensor) -> Tensor:
+        return functional.normalize(rows, dim=-1)
+
+    def _seen_summary(self, number: int) -> Tensor:
+        return self._rows[self._labels == number]
+
+
+class _Joint(FinalClassifier):
+    """A linear classifier trained on all competing classes' rows; the last few sets of classes are kept."""
+
+    is_joint: ClassVar[bool] = True
+
+    def __init__(self, params: GenerativeParams, seed: int) -> None:
+        super().__init__(params, seed)
+        self._trained: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @abstractmethod
+    def _train(self, rows: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+        """Weights (C, R) and bias (C,)."""
+
+    def fit(self, real: RealRows) -> None:
+        self._rows, self._labels = real.rows, real.labels
+
+    def scores(self, rows: Tensor, classes: Competing) -> Tensor:
+        key = classes.embeddings.tobytes()
+        if key not in self._trained:
+            self._trained[key] = self._train(*self._training_rows(classes), len(classes.embeddings))
+            while len(self._trained) > CACHED_SETS:
+                self._trained.popitem(last=False)
+        self._trained.move_to_end(key)
+        weight, bias = self._trained[key]
+        return rows @ weight.T + bias
+
+    def _training_rows(self, classes: Competing) -> tuple[Tensor, Tensor]:
+        position = torch.full((int(self._labels.max()) + 1,), -1, device=self._labels.device)
+        seen = np.flatnonzero(classes.seen >= 0)
+        position[torch.from_numpy(classes.seen[seen]).to(position.device)] = torch.from_numpy(seen).to(position.device)
+        labels = position[self._labels]
+        rows, labels = self._rows[labels >= 0], labels[labels >= 0]
+        unseen = np.flatnonzero(classes.seen < 0)
+        if len(unseen):
+            generated = classes.generate(unseen)  # (U, n, R)
+            numbers = torch.from_numpy(unseen).to(labels.device).repeat_interleave(generated.shape[1])
+            rows, labels = torch.cat([rows, generated.flatten(0, 1)]), torch.cat([labels, numbers])
+        return rows, labels
+
+    def state(self) -> dict[str, Tensor]:
+        found = {"rows": self._rows.half(), "labels": self._labels}
+        if self._trained:  # the largest set: as a rule, all classes
+            key = max(self._trained, key=lambda key: len(self._trained[key][1]))
+            weight, bias = self._trained[key]
+            found |= {"weight": weight, "bias": bias, "key": torch.frombuffer(bytearray(key), dtype=torch.float32)}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._rows, self._labels = state["rows"].float(), state["labels"]
+        if "key" in state:
+            self._trained[state["key"].cpu().numpy().tobytes()] = (state["weight"], state["bias"])
+
+
+class Softmax(_Joint):
+    """Linear softmax by Adam, as the papers train it."""
+
+    def _train(self, rows: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+        return train_softmax(
+            rows,
+            labels,
+            n_classes,
+            epochs=self.params.final_epochs,
+            learning_rate=self.params.final_learning_rate,
+            batch_size=self.params.batch_size,
+            seed=self.seed,
+        )
+
+
+class LinearSVM(_Joint):
+    """One linear SVM a class against all others (scikit-learn's)."""
+
+    def _train(self, rows: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+        if n_classes == 1:
+            return torch.zeros(1, rows.shape[1], device=rows.device), torch.zeros(1, device=rows.device)
+        machine = LinearSVC(C=self.params.svm_cost, random_state=self.seed)
+        machine.fit(rows.cpu().numpy(), labels.cpu().numpy())
+        weight, bias = machine.coef_, machine.intercept_
+        if n_classes == 2:  # one machine for both
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        return (
+            torch.from_numpy(weight.astype(np.float32)).to(rows.device),
+            torch.from_numpy(bias.astype(np.float32)).to(rows.device),
+        )
+
+
+@torch.enable_grad()
+def train_softmax(
+    rows: Tensor, labels: Tensor, n_classes: int, *, epochs: int, learning_rate: float, batch_size: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Weights (C, R) and bias (C,) of a linear softmax on rows (N, R) with labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = linear(rows.shape[1], n_classes, generator).to(rows.device)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(rows), generator=generator).to(rows.device), batch_size):
+            loss = functional.cross_entropy(layer(rows[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            optimizer.step()
+    return layer.weight.detach(), layer.bias.detach()
+
+
+_KINDS: dict[str, type[FinalClassifier]] = {
+    "lda": LinearDiscriminants,
+    "softmax": Softmax,
+    "svm": LinearSVM,
+    "nearest_mean": NearestMean,
+    "nearest": Nearest,
+}
+
+
+def make_final(params: GenerativeParams, seed: int) -> FinalClassifier:
+    """The final classifier that `params` ask for, not yet fitted."""
+    return _KINDS[params.final](params, seed)
+
+
+def match_seen(embeddings: FloatArray, seen: FloatArray) -> IntArray:
+    """For each unit row of `embeddings` (C, E) the row of `seen` (S, E) that it is, or -1.
+
+    A row may have been scaled and brought back to unit length, so a rounding apart is the same. Seen classes with one
+    vector are told apart by their order.
+    """
+    if embeddings.shape[1] != seen.shape[1]:
+        raise InvalidInput(f"embeddings {embeddings.shape} and seen {seen.shape} differ in width.")
+    rows, others = embeddings.astype(np.float64), seen.astype(np.float64)
+    squared = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T  # (C, S), distances
+    is_same = squared < 1e-10
+    found = np.where(is_same.any(axis=1), is_same.argmax(axis=1), -1)
+    for c in np.flatnonzero(is_same.sum(axis=1) > 1):
+        choices = np.flatnonzero(is_same[c])
+        found[c] = choices[min(int((is_same[:c] == is_same[c]).all(axis=1).sum()), len(choices) - 1)]
+    return np.asarray(found, np.int64)

@@ -1,0 +1,172 @@
+"""What classifiers share that generate features of classes from their embeddings: epochs, synthesis, final classifier.
+
+A method trains its networks and writes how it generates and how it represents a feature; this file turns both into
+scores. Generated rows of a class come from its embedding and the seed alone, so that classes added later, or left out,
+change nothing for the others. While epochs are chosen, the closed-form final classifier stands in for the others.
+Letters in trailing comments: B images of a step, C classes, D features, E embedding, R representation.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.base import FloatArray, IntArray, OnProgress
+from models.evaluation import zsl_report
+from models.generative_params import GANParams, GenerativeParams
+from models.params import Params
+from models.zero_shot.base import History, Setting
+from models.zero_shot.epochs import EpochModel
+from models.zero_shot.final import Competing, FinalClassifier, LinearDiscriminants, RealRows, make_final, match_seen
+from models.zero_shot.folds import Rows
+from models.zero_shot.gradient import TrainingData
+
+PART_ROWS = 8192
+_FINAL, _SEEN = "final/", "seen_embeddings"
+
+
+class GenerativeModel(EpochModel):
+    """Generates features of classes without images, and learns a final classifier on these and real ones."""
+
+    params: GenerativeParams
+
+    # -- what a method writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+        """Train `self.network`, endlessly; after each epoch its losses.
+
+        What comes before the first epoch, a stage of its own, reports to `on_progress`.
+        """
+
+    @abstractmethod
+    def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        """Features (B, D) of unit embeddings (B, E), with chance from `generator`."""
+
+    def _represent(self, features: Tensor) -> Tensor:
+        """What the final classifier sees, (B, R), of scaled features (B, D); the features themselves if not written."""
+        return features
+
+    # -- what all share ------------------------------------------------------------------------------------------------
+
+    def __init__(self, params: Params | None = None, *, seed: int = 0, device: str = "cpu") -> None:
+        super().__init__(params, seed=seed, device=device)
+        self.is_joint = make_final(self.params, seed).is_joint
+
+    def _epochs(self, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+        weights = torch.Generator().manual_seed(self.seed)
+        chance = torch.Generator(self.device).manual_seed(self.seed)
+        features, labels, embeddings = (
+            torch.from_numpy(array).to(self.device) for array in (train.features, train.labels, train.embeddings)
+        )
+        self.network = self._make_network(features.shape[1], embeddings.shape[1], weights).to(self.device)
+        self._train, self._seen = train, train.embeddings
+        data = TrainingData(features, labels, embeddings, chance)
+        for epoch, losses in zip(range(1, epochs + 1), self._training(data, on_progress), strict=False):
+            yield {"epoch": float(epoch), **losses}
+
+    def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
+        learned = super()._learn(train, setting, on_progress)
+        self._final = make_final(self.params, self.seed)
+        self._final.fit(self._real(train))
+        return learned
+
+    def _validation_t1(self, validation: Rows) -> float:
+        final = LinearDiscriminants(self.params, self.seed)
+        final.fit(self._real(self._train))
+        scores = self._scores(final, validation.features, validation.embeddings)
+        return zsl_report(scores, validation.labels, [str(i) for i in range(len(validation.embeddings))]).t1
+
+    def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
+        return self._scores(self._final, features, embeddings)
+
+    @torch.no_grad()
+    def _scores(self, final: FinalClassifier, features: FloatArray, embeddings: FloatArray) -> FloatArray:
+        seen = match_seen(embeddings, self._seen)
+        generated = _Generated(self, torch.from_numpy(np.ascontiguousarray(embeddings)).to(self.device))
+        competing = Competing(embeddings, seen, generated)
+        found = np.empty((len(features), len(embeddings)), np.float32)
+        for start in range(0, len(features), PART_ROWS):
+            part = torch.from_numpy(np.ascontiguousarray(features[start : start + PART_ROWS])).to(self.device)
+            scores = final.scores(self._represent(part), competing)
+            found[start : start + PART_ROWS] = scores.cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def _real(self, train: Rows) -> RealRows:
+        features = torch.from_numpy(train.features)
+        parts = [self._represent(part.to(self.device)) for part in torch.split(features, PART_ROWS)]
+        return RealRows(torch.cat(parts), torch.from_numpy(train.labels).to(self.device), len(train.embeddings))
+
+    def _state(self) -> dict[str, FloatArray]:
+        final = {_FINAL + name: tensor.detach().cpu().numpy() for name, tensor in self._final.state().items()}
+        return {**super()._state(), **final, _SEEN: self._seen}
+
+    def _restore(self, state: Mapping[str, FloatArray]) -> None:
+        super()._restore(state)
+        self._seen = state[_SEEN]
+        self._final = make_final(self.params, self.seed)
+        self._final.restore(
+            {
+                name.removeprefix(_FINAL): torch.from_numpy(array).to(self.device)
+                for name, array in state.items()
+                if name.startswith(_FINAL)
+            }
+        )
+
+
+class _Generated:
+    """Generated rows of classes by number, as the final classifier sees them."""
+
+    def __init__(self, model: GenerativeModel, embeddings: Tensor) -> None:
+        self._model, self._embeddings = model, embeddings
+
+    @torch.no_grad()
+    def __call__(self, classes: IntArray) -> Tensor:
+        """(n_classes, synthetic_per_class, R). Every class gets the same draws: the seed's."""
+        n_rows = self._model.params.synthetic_per_class
+        rows = []
+        for number in classes:
+            chance = torch.Generator(self._embeddings.device).manual_seed(self._model.seed)
+            features = self._model._generate(self._embeddings[number].expand(n_rows, -1), chance)
+            rows.append(self._model._represent(features))
+        return torch.stack(rows)
+
+
+def batches(n_rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers of steps, endlessly: pass after pass over all rows, each in a new random order."""
+    while True:
+        yield from torch.split(torch.randperm(n_rows, generator=generator, device=generator.device), size)
+
+
+class Averages:
+    """Means of the losses of an epoch's steps. Tensors are read once, at the end: reading one waits for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **losses: Tensor) -> None:
+        """Take one step's losses in."""
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Each loss's mean."""
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+
+def noise_dim(params: GANParams, embedding_dim: int) -> int:
+    """Width of z."""
+    return params.noise_dim if params.noise_dim is not None else embedding_dim
+
+
+def draw(n_rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """Standard normal (n_rows, width)."""
+    return torch.randn(n_rows, width, generator=generator, device=generator.device)

@@ -1,0 +1,192 @@
+"""What methods that generate features share: critic, final classifiers, synthesis; each method's own equations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch.nn import functional
+
+from models.evaluation import mean_per_class_accuracy
+from models.generative_params import FCLSWGANParams, FVAEGANParams, GANParams, GenerativeParams
+from models.zero_shot.base import load_classifier
+from models.zero_shot.f_clswgan import FCLSWGAN
+from models.zero_shot.f_vaegan import FVAEGAN
+from models.zero_shot.final import Competing, LinearDiscriminants, RealRows, make_final, match_seen
+from models.zero_shot.generative import batches
+from models.zero_shot.vaegan import VAEGAN, kl_divergence, vae_terms
+from models.zero_shot.wgan import Adversary, Critic
+from tests.models.zero_shot.made_up import made_up
+
+SMALL = {"epochs": 4, "steps_per_epoch": 15, "learning_rate": 0.005, "batch_size": 32, "hidden_dim": 48}
+DATA = made_up()
+VALIDATION = ("class 1", "class 5", "class 9")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_gradient_penalty_is_that_of_autograd_and_so_is_its_gradient() -> None:
+    critic = Critic(6, 3, 10, seeded())
+    real, fake, embeddings = (torch.randn(5, width, generator=seeded(width)) for width in (6, 6, 3))
+    share = torch.rand(5, 1, generator=seeded(9))
+    between = (share * real + (1 - share) * fake).requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(between, embeddings).sum(), between, create_graph=True)
+    wanted = (gradient.norm(dim=1) - 1).square().mean()
+    found = critic.gradient_penalty(real, fake, embeddings, seeded(9))
+    torch.testing.assert_close(found, wanted)
+    weights = (critic.hidden.weight, critic.output.weight)
+    for ours, theirs in zip(torch.autograd.grad(found, weights), torch.autograd.grad(wanted, weights), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_critic_learns_to_tell_and_judging_leaves_it_alone() -> None:
+    adversary = Adversary(GANParams(hidden_dim=32, learning_rate=0.01), 4, 2, 0, "cpu")
+    embeddings, chance = torch.zeros(64, 2), seeded()
+    distances = []
+    for _ in range(100):
+        real, fake = torch.randn(64, 4, generator=chance) + 1, torch.randn(64, 4, generator=chance) - 1
+        distances.append(float(adversary.learn(real, fake, embeddings, chance)))
+    # Means 2 apart in each of 4 dimensions: 4 is the Wasserstein distance.
+    assert distances[0] < 0.5
+    assert 3 < np.mean(distances[-20:]) < 5
+    made = torch.zeros(8, 4, requires_grad=True)
+    adversary.judge(made, embeddings[:8]).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+    assert made.grad is not None
+    assert made.grad.abs().sum() > 0
+    assert all(weight.requires_grad for weight in adversary.critic.parameters())
+
+
+def rows_of_classes() -> tuple[torch.Tensor, torch.Tensor]:
+    """40 rows each of 6 classes, and labels: Gaussians with one uneven covariance."""
+    centres = torch.randn(6, 5, generator=seeded(1))
+    labels = torch.arange(6).repeat_interleave(40)
+    noise = torch.randn(len(labels), 5, generator=seeded(2)) * torch.tensor([1.0, 0.5, 0.5, 0.25, 0.05])
+    return centres[labels] + noise, labels
+
+
+def competing(rows: torch.Tensor, labels: torch.Tensor, n_seen: int, n_classes: int) -> Competing:
+    """Classes from `n_seen` on are generated: their own rows."""
+    embeddings = np.eye(n_classes, dtype=np.float32)
+    seen = np.where(np.arange(n_classes) < n_seen, np.arange(n_classes), -1)
+    return Competing(embeddings, seen, lambda classes: torch.stack([rows[labels == int(c)] for c in classes]))
+
+
+@pytest.mark.parametrize("kind", ["lda", "softmax", "svm", "nearest_mean", "nearest"])
+def test_final_classifiers_know_seen_and_generated_classes(kind: str) -> None:
+    rows, labels = rows_of_classes()
+    params = GenerativeParams.model_validate({"final": kind, "final_epochs": 60, "final_learning_rate": 0.01})
+    final = make_final(params, 0)
+    is_seen = labels < 4
+    final.fit(RealRows(rows[is_seen], labels[is_seen], 4))
+    classes = competing(rows, labels, 4, 6)
+    scores = final.scores(rows, classes)
+    assert mean_per_class_accuracy(scores.argmax(dim=1).numpy(), labels.numpy(), range(6)) > 0.8
+    again = make_final(params, 0)
+    again.restore(final.state())
+    assert torch.equal(again.scores(rows, classes).argmax(dim=1), scores.argmax(dim=1))
+    order = np.array([5, 0, 3])
+    part = Competing(classes.embeddings[order], classes.seen[order], lambda c: classes.generate(order[c]))
+    fewer = final.scores(rows, part)
+    assert fewer.shape == (len(rows), 3)
+    if not final.is_joint:
+        torch.testing.assert_close(fewer, scores[:, order])
+    assert bool((fewer[labels == 5].argmax(dim=1) == 0).float().mean() > 0.7)
+
+
+def test_linear_discriminants_are_those_of_scikit_learn() -> None:
+    rows, labels = rows_of_classes()
+    final = LinearDiscriminants(GenerativeParams(shrinkage=0.3), 0)
+    final.fit(RealRows(rows, labels, 6))
+    ours = final.scores(rows, competing(rows, labels, 6, 6)).log_softmax(dim=1).numpy()
+    means = np.stack([rows[labels == c].numpy().mean(axis=0) for c in range(6)])
+    within = rows.numpy() - means[labels.numpy()]
+    covariance = within.T @ within / len(rows)
+    shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / 5 * np.eye(5)
+
+    class Shrunk:
+        def fit(self, _: object) -> None:
+            self.covariance_ = shrunk
+
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Shrunk()).fit(rows.numpy(), labels.numpy())
+    np.testing.assert_allclose(ours, theirs.predict_log_proba(rows.numpy()), atol=1e-3)
+
+
+def test_seen_classes_are_known_by_their_vectors() -> None:
+    seen = functional.normalize(torch.randn(5, 4, generator=seeded()), dim=1).numpy()
+    seen[3] = seen[1]
+    scaled = seen[[4, 1, 3]] * np.float32(7.3)
+    scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
+    other = seen[:1] + np.float32(1e-3)
+    found = match_seen(np.concatenate([scaled, other, seen[:1]]), seen)
+    assert found.tolist() == [4, 1, 3, -1, 0]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "svm", "nearest"])
+def test_saved_methods_answer_the_same_with_any_final_classifier(kind: str, tmp_path: Path) -> None:
+    params = FVAEGANParams.model_validate({**SMALL, "final": kind, "synthetic_per_class": 20})
+    model = FVAEGAN(params).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    everything = np.concatenate([DATA.seen_embeddings, DATA.unseen_embeddings])
+    scores = model.scores(DATA.unseen.features, everything)
+    assert mean_per_class_accuracy(scores[:, 12:].argmax(axis=1), DATA.unseen.labels, range(4)) > 0.5
+    model.save(tmp_path)
+    assert model.is_joint == (kind != "nearest")
+    loaded = load_classifier(tmp_path)
+    assert isinstance(loaded, FVAEGAN)
+    assert np.array_equal(loaded.scores(DATA.unseen.features, everything), scores)
+    # Trained weights came along: nothing is trained again for the set that was there.
+    if model.is_joint:
+        np.testing.assert_allclose(
+            loaded.scores(DATA.unseen.features, everything[12:]).argmax(axis=1),
+            model.scores(DATA.unseen.features, everything[12:]).argmax(axis=1),
+        )
+
+
+def test_generated_features_come_near_the_unseen_classes() -> None:
+    """Nearer to the mean of the class they stand for than to any other's, in most cases."""
+    model = FVAEGAN(FVAEGANParams.model_validate({**SMALL, "epochs": 8})).fit(DATA.train, DATA.seen_embeddings)
+    unit = DATA.unseen_embeddings / np.linalg.norm(DATA.unseen_embeddings, axis=1, keepdims=True)
+    scaled = model._scaling(DATA.unseen.features)
+    means = np.stack([scaled[DATA.unseen.labels == c].mean(axis=0) for c in range(4)])
+    made = [
+        model._generate(torch.from_numpy(row).expand(50, -1), seeded()).mean(dim=0).detach().numpy() for row in unit
+    ]
+    distances = ((np.stack(made)[:, None] - means) ** 2).sum(axis=2)
+    assert (distances.argmin(axis=1) == np.arange(4)).sum() >= 3
+
+
+def test_loss_of_the_vae_is_the_plain_sum() -> None:
+    network = VAEGAN(6, 3, 2, 8, seeded())
+    real, embeddings = torch.rand(4, 6, generator=seeded(1)), torch.randn(4, 3, generator=seeded(2))
+    mean, log_variance = network.encode(real, embeddings)
+    noise = torch.randn(4, 2, generator=seeded(5))
+    rebuilt = network(mean + torch.exp(log_variance / 2) * noise, embeddings)
+    total = 0.0
+    for i in range(4):
+        for x, p in zip(real[i].tolist(), rebuilt[i].tolist(), strict=True):
+            total -= x * np.log(p) + (1 - x) * np.log(1 - p)
+        for m, v in zip(mean[i].tolist(), log_variance[i].tolist(), strict=True):
+            total += 0.5 * (m * m + np.exp(v) - v - 1)
+    assert vae_terms(network, real, embeddings, seeded(5)).item() == pytest.approx(total / 4, rel=1e-4)
+    wanted = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    ).sum(dim=1)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(kl_divergence(mean, log_variance), wanted)
+
+
+def test_batches_take_every_row_once_a_pass() -> None:
+    steps = batches(10, 4, seeded())
+    first, second = (torch.cat([next(steps) for _ in range(3)]) for _ in range(2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != second.tolist()
+
+
+def test_width_of_the_noise_is_that_of_the_embedding_unless_given() -> None:
+    for given, wanted in ((None, 8), (3, 3)):
+        params = FCLSWGANParams.model_validate({**SMALL, "epochs": 1, "noise_dim": given})
+        model = FCLSWGAN(params).fit(DATA.train, DATA.seen_embeddings)
+        assert model.network.state_dict()["0.weight"].shape == (48, wanted + 8)
