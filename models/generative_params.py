@@ -5,11 +5,14 @@ No torch here: the API validates requests against these classes and lists them i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from models.classifier_params import EpochParams
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=16_384)]
 
 
 class GenerativeParams(EpochParams):
@@ -64,3 +67,55 @@ class FVAEGANParams(GANParams):
     """Feature-generating VAE and GAN with one decoder, inductive."""
 
     gan_weight: float = Field(10.0, ge=0, le=1e6, description="gamma, weight of the critic in the generator's loss.")
+
+
+class TFVAEGANParams(FVAEGANParams):
+    """VAE and GAN with a semantic decoder that feeds back to the generator."""
+
+    reconstruction: Literal["l1", "code"] = Field(
+        "l1", description="L_R: mean absolute error summed over dimensions, or the authors' code's weighted errors."
+    )
+    reconstruction_weight: float = Field(0.01, ge=0, le=1e4, description="beta, weight of L_R.")
+    train_decoder_on_fake: bool = Field(
+        True, description="Let the generator's step train the decoder too; the authors' code does so but on AWA."
+    )
+    feedback_weight: float = Field(1.0, ge=0, le=100, description="delta, weight of the feedback in training; 0: none.")
+    synthesis_feedback_weight: float = Field(1.0, ge=0, le=100, description="The same when features are generated.")
+    feedback_learning_rate: float = Field(1e-4, gt=0, le=10, description="Adam's step size for the feedback module.")
+    enhanced: bool = Field(
+        True, description="Final classifier on features with their decoded embedding and the decoder's hidden units."
+    )
+
+
+class CADAVAEParams(GenerativeParams):
+    """Aligned VAEs of features and class embeddings; the final classifier sees latents.
+
+    Ramps are shares of `epochs` between which a weight grows from 0 to its full size; the authors' code: 100 epochs,
+    0-93, 21-75 and 6-22.
+    """
+
+    batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
+    learning_rate: float = Field(1.5e-4, gt=0, le=10, description="Adam's (amsgrad) step size.")
+    hidden_dims: tuple[Width, Width, Width, Width] | None = Field(
+        None,
+        description="Hidden widths of feature encoder, feature decoder, embedding encoder and embedding decoder; none: "
+        "hidden_dim each; the code: 1560, 1660, 1450, 665.",
+    )
+    latent_dim: int = Field(64, ge=1, le=4096, description="Width of z.")
+    kl_weight: float = Field(0.25, ge=0, le=1e4, description="beta, weight of the KL divergences.")
+    cross_weight: float = Field(2.37, ge=0, le=1e4, description="gamma, weight of cross-alignment; 0 leaves it out.")
+    align_weight: float = Field(
+        8.13, ge=0, le=1e4, description="delta, weight of distribution alignment; 0 leaves it out."
+    )
+    kl_ramp: tuple[Share, Share] = Field((0.0, 0.93), description="Ramp of beta.")
+    cross_ramp: tuple[Share, Share] = Field((0.21, 0.75), description="Ramp of gamma.")
+    align_ramp: tuple[Share, Share] = Field((0.06, 0.22), description="Ramp of delta.")
+    seen_per_class: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Latents drawn for each seen class from its images; none: each image's mean, once; the code: 200.",
+    )
+    code_compat: bool = Field(
+        False, description="Draw z as the authors' code does: deviation exp(log variance), one number for all of z."
+    )

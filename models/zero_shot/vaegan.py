@@ -45,9 +45,13 @@ def vae_terms(network: VAEGAN, real: Tensor, embeddings: Tensor, chance: torch.G
     mean, log_variance = network.encode(real, embeddings)
     noise = draw(len(mean), mean.shape[1], chance)
     rebuilt = network(mean + (log_variance / 2).exp() * noise, embeddings)
-    # Features of other images may lie outside [0, 1]; training ones do not, but for rounding.
-    missed = functional.binary_cross_entropy(rebuilt, real.clamp(0, 1), reduction="none").sum(dim=1).mean()
-    return missed + kl_divergence(mean, log_variance).mean()
+    return missed(rebuilt, real) + kl_divergence(mean, log_variance).mean()
+
+
+def missed(rebuilt: Tensor, real: Tensor) -> Tensor:
+    """Binary cross-entropy of features in [0, 1], (B, D) each: sum over dimensions, mean over the batch."""
+    # Training features lie in [0, 1] but for rounding.
+    return functional.binary_cross_entropy(rebuilt, real.clamp(0, 1), reduction="none").sum(dim=1).mean()
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
