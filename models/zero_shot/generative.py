@@ -52,6 +52,10 @@ class GenerativeModel(EpochModel):
         """What the final classifier sees, (B, R), of scaled features (B, D); the features themselves if not written."""
         return features
 
+    def _rows_of_classes(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        """What it sees in place of images, (B, R), of unit embeddings (B, E): generated features, if not written."""
+        return self._represent(self._generate(embeddings, generator))
+
     # -- what all share ------------------------------------------------------------------------------------------------
 
     def __init__(self, params: Params | None = None, *, seed: int = 0, device: str = "cpu") -> None:
@@ -133,8 +137,7 @@ class _Generated:
         rows = []
         for number in classes:
             chance = torch.Generator(self._embeddings.device).manual_seed(self._model.seed)
-            features = self._model._generate(self._embeddings[number].expand(n_rows, -1), chance)
-            rows.append(self._model._represent(features))
+            rows.append(self._model._rows_of_classes(self._embeddings[number].expand(n_rows, -1), chance))
         return torch.stack(rows)
 
 
