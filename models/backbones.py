@@ -1,6 +1,7 @@
 """The networks that turn pixels into features: every torchvision classification network by name, and SmallCNN.
 
-A network is cut before its last classifier layer (`features`), and at its last feature map (`spatial`).
+A network is cut before its last classifier layer (`features`), and at its last feature map (`spatial`);
+`SpatialBackbone` gives that map where a feature vector is asked for.
 Weights come from files; nothing here touches the network.
 """
 
@@ -136,6 +137,53 @@ class Backbone:
             yield captured
         finally:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class SpatialBackbone:
+    """A backbone whose feature of an image is its last map: the `channels` of the first place, of the next, and so on.
+
+    The places, row by row from the top left, form a square. Views of one network at one `size` are equal, so that
+    whoever gathers images into batches may mix theirs.
+    size: side in pixels of the images; it decides how many places there are, and so `feature_dim`.
+    """
+
+    backbone: Backbone
+    size: int
+    feature_dim: int = field(init=False, compare=False)
+    digest: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        probe = torch.zeros((1, 3, self.size, self.size), dtype=torch.uint8)
+        object.__setattr__(self, "feature_dim", self.features(probe).shape[1])
+        digest = hashlib.sha256(f"spatial\n{self.backbone.digest}".encode()).hexdigest()
+        object.__setattr__(self, "digest", digest)
+
+    @property
+    def channels(self) -> int:
+        """Numbers a place."""
+        return self.backbone.spatial_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.backbone.device
+
+    @property
+    def max_batch(self) -> int:
+        """Images a forward pass at most."""
+        return self.backbone.max_batch
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, size, size) on any device -> float32 (B, places * channels) on the backbone's device."""
+        if len(images) == 0:
+            return torch.empty((0, self.feature_dim), device=self.device)
+        maps = self.backbone.spatial(images)  # (B, channels, h, w)
+        return maps.flatten(2).transpose(1, 2).flatten(1)
+
+
+FeatureNetwork = Backbone | SpatialBackbone
+"""What turns images into one feature vector each."""
 
 
 def list_backbones() -> list[str]:

@@ -49,8 +49,12 @@ class PatchTable:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """One feature vector an image: (n_images, feature_dim), with `labels` (n_images,) into `class_names`."""
+    """One feature vector an image: (n_images, feature_dim), with `labels` (n_images,) into `class_names`.
+
+    channels: where a vector is a feature map, place after place: the numbers of one place. None: it is pooled.
+    """
 
     features: FloatArray
     labels: IntArray
     class_names: tuple[str, ...]
+    channels: int | None = None

@@ -12,11 +12,16 @@ from models import classic_params, classifier_params, generative_params, params
 from models.errors import UnknownName
 
 Kind = Literal["embedding", "relation", "classifier"]
+Features = Literal["pooled", "spatial"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One catalog row. `path` is 'module:Class' of the implementation."""
+    """One catalog row.
+
+    path: 'module:Class' of the implementation. features: what it sees of an image, one vector of the whole, or the
+    network's last map, a vector for each place.
+    """
 
     name: str
     kind: Kind
@@ -25,6 +30,7 @@ class Method:
     params: type[params.Params]
     paper: str
     url: str
+    features: Features = "pooled"
 
 
 _VGSE = (

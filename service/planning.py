@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from models.backbone_names import BACKBONE_NAMES
-from models.catalog import Kind, get_method
+from models.catalog import METHODS, Kind, get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
 from models.knowledge.base import Resolution
 from models.knowledge.names import normalize_class_name, validate_class_names
@@ -179,6 +179,17 @@ def plan_backbone(plan: Plan, backbone: BackboneParams, settings: Settings, poin
         problem = _weights_problem(backbone.weights, settings)
         if problem:
             plan.add(f"{pointer}/weights", problem)
+
+
+def plan_features(plan: Plan, method: str) -> None:
+    """A dataset of precomputed features serves the method: they are pooled, one vector an image."""
+    known = {row.name: row for row in METHODS if row.kind == "classifier"}
+    if method in known and known[method].features == "spatial":
+        plan.add(
+            "/method",
+            f"{method!r} looks at the places of a feature map, and this dataset holds precomputed features, one vector "
+            "an image. Use a dataset of images, or a method whose 'features' in GET /v1/methods is 'pooled'.",
+        )
 
 
 def _weights_problem(name: str, settings: Settings) -> str | None:

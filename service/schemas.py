@@ -383,6 +383,9 @@ class MethodOut(BaseModel):
     summary: str
     paper: str
     url: str
+    features: Literal["pooled", "spatial"] = Field(
+        description="What it sees of an image: one vector of the whole, or the network's last map (images only)."
+    )
     parameters: dict[str, Any] = Field(description="JSON schema: defaults, bounds, descriptions.")
 
 

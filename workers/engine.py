@@ -317,7 +317,7 @@ def _answers(request: _Request) -> list[Answer]:
 
 
 def _alike(one: _Request, other: _Request) -> bool:
-    return one.backbone is other.backbone and one.size == other.size
+    return one.backbone == other.backbone and one.size == other.size
 
 
 def _started_pool(n_threads: int) -> ThreadPoolExecutor:

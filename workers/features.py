@@ -27,7 +27,7 @@ from service.core.tables import FeatureRows
 from workers.runner import TaskContext
 
 if TYPE_CHECKING:
-    from models.backbones import Backbone
+    from models.backbones import FeatureNetwork
 
 SHARD_IMAGES = 256
 FORMAT = 1  # grows when the same inputs would give other features
@@ -50,14 +50,14 @@ class FeatureTable:
     n_computed: int = 0
 
 
-def feature_spec(backbone: Backbone, patches: PatchParams) -> str:
+def feature_spec(backbone: FeatureNetwork, patches: PatchParams) -> str:
     """Digest of all that determines an image's features."""
     text = json.dumps([FORMAT, backbone.digest, patches.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def image_features(
-    context: TaskContext, sha256s: Sequence[str], backbone: Backbone, patches: PatchParams, *, phase: str
+    context: TaskContext, sha256s: Sequence[str], backbone: FeatureNetwork, patches: PatchParams, *, phase: str
 ) -> FeatureTable:
     """Features of stored images; those that are not cached are computed, shard by shard, and kept.
 
@@ -82,7 +82,7 @@ def _compute(
     context: TaskContext,
     spec: str,
     missing: Sequence[str],
-    backbone: Backbone,
+    backbone: FeatureNetwork,
     patches: PatchParams,
     total: int,
     phase: str,

@@ -28,7 +28,7 @@ from workers.backbones import BACKBONE_FILE
 from workers.embedding import provenance, vector_bytes
 from workers.model_cache import ModelCache, Parts, array_bytes, resident_parts
 from workers.predictions import Resident
-from workers.sources import open_backbone, open_knowledge, unpack
+from workers.sources import feature_network, open_backbone, open_knowledge, unpack
 from workers.training import CLASSES_FILE, EMBEDDER_FILES
 
 CLASSIFIER_FILES = ("manifest.json", "model.safetensors")
@@ -191,12 +191,13 @@ class Library:
             )
         directory = unpack(self._store, row.artifacts, CLASSIFIER_FILES, self._directory(classifier_id))
         model = load_classifier(directory, device=self._device)
-        digest = row.metrics["backbone"]["digest"]
+        digest, size = row.metrics["backbone"]["digest"], row.metrics["image_size"]
         self._uses[digest] = classifier_id
+        network = self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest))
         return Resident(
             classifier=model,
-            backbone=self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest)),
-            size=row.metrics["image_size"],
+            backbone=feature_network(network, row.method, size),
+            size=size,
             class_names=(),
             embeddings=np.zeros((0, 0), dtype=np.float32),
             is_seen=np.zeros(0, dtype=np.bool_),

@@ -75,7 +75,8 @@ class ModelCache(Generic[V]):
 
 def resident_parts(resident: Resident) -> Parts:
     """Backbone, classifier and class table of a resident, each with its bytes of parameters and arrays."""
-    return {id(part): array_bytes(part) for part in (resident.backbone, resident.classifier, resident.embeddings)}
+    network = getattr(resident.backbone, "backbone", resident.backbone)  # a view of it weighs nothing
+    return {id(part): array_bytes(part) for part in (network, resident.classifier, resident.embeddings)}
 
 
 def array_bytes(value: object) -> int:

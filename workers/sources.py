@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from models.catalog import get_method
 from models.errors import InvalidInput
 from models.knowledge.base import KnowledgeSource
 from models.knowledge.tables import ClassTable
@@ -25,7 +26,7 @@ from service.core.tables import Knowledge
 from workers.runtime import choose_device
 
 if TYPE_CHECKING:
-    from models.backbones import Backbone
+    from models.backbones import Backbone, FeatureNetwork
 
 
 def unpack(store: ArtifactStore, artifacts: Mapping[str, str], names: tuple[str, ...], directory: Path) -> Path:
@@ -97,6 +98,13 @@ def open_backbone(params: BackboneParams, settings: Settings, *, device: str, we
     if weights is None:
         weights = _weights_path(params, settings)
     return create_backbone(params.name, weights=weights, precision=params.precision, device=device)
+
+
+def feature_network(backbone: Backbone, method: str, size: int) -> FeatureNetwork:
+    """What makes the features that a classifier's method sees, of images of `size` pixels a side."""
+    from models.backbones import SpatialBackbone
+
+    return SpatialBackbone(backbone, size) if get_method(method, "classifier").features == "spatial" else backbone
 
 
 def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:

@@ -28,7 +28,7 @@ from workers.imports import put_directory, read_feature_files
 from workers.rows import split_rows
 from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device, seed_everything
-from workers.sources import describe_backbone, open_backbone, open_knowledge, unpack
+from workers.sources import describe_backbone, feature_network, open_backbone, open_knowledge, unpack
 
 DEFAULT_IMAGE_SIZE = 224
 CLASSES_FILE = "classes.safetensors"
@@ -218,14 +218,19 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
         backbone, files = prepared_backbone(context, params, scratch, sha256s, train_labels, seed=seed, device=device)
     everything = [*rows.train, *rows.test_seen, *rows.test_unseen] if inputs.row.request["evaluate"] else [*rows.train]
     contents = [row.sha256 for row in everything]
-    table = image_features(context, contents, backbone, whole_image(_image_size(inputs)), phase="image_features")
-    features = np.asarray(table.features, dtype=np.float32)
+    size = _image_size(inputs)
+    network = feature_network(backbone, inputs.row.method, size)
+    table = image_features(context, contents, network, whole_image(size), phase="image_features")
+    channels = getattr(network, "channels", None)
     bounds = np.cumsum([len(rows.train), len(rows.test_seen), len(rows.test_unseen)])
     group = np.searchsorted(bounds, table.image_index, side="right")
     labels = class_numbers([everything[i] for i in table.image_index], names)
-    train, test_seen, test_unseen = (
-        LabelledFeatures(features[group == k], labels[group == k], names if k else inputs.seen) for k in range(3)
-    )
+
+    def part(k: int, classes: tuple[str, ...]) -> LabelledFeatures:
+        features = np.asarray(table.features[group == k], dtype=np.float32)
+        return LabelledFeatures(features, labels[group == k], classes, channels)
+
+    train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
     about = describe_backbone(params, backbone)
     return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures))
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.backbones import Backbone
+from models.backbones import FeatureNetwork
 from models.data.images import DEFAULT_LIMITS, ImageLimits, decode_image
 from models.embedding.patches import WORKING_SIDE, Boxes, cut_patches, patch_boxes
 from models.errors import UnreadableImage
@@ -70,7 +70,7 @@ class _Prepared:
 
 def extract_features(
     images: Iterable[tuple[str, ReadBytes]],
-    backbone: Backbone,
+    backbone: FeatureNetwork,
     patches: PatchParams | None = None,
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
@@ -196,7 +196,7 @@ def decoded_side(params: PatchParams) -> int:
     return max(WORKING_SIDE, min(MAX_DECODED_SIDE, params.size * math.isqrt(params.n_patches)))
 
 
-def _run(backbone: Backbone, batch: Tensor) -> Rows:
+def _run(backbone: FeatureNetwork, batch: Tensor) -> Rows:
     features = backbone.features(batch).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     return features.to(torch.float16).cpu().numpy()
 

@@ -23,6 +23,7 @@ from service.planning import (
     dataset_class_sizes,
     plan_backbone,
     plan_classes,
+    plan_features,
     plan_known,
     plan_validation,
 )
@@ -92,6 +93,8 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
             plan_backbone(plan, body.backbone, parts.settings, "/backbone")
         elif dataset.kind == "images" and body.embedding_set_id is None:
             plan.add("/backbone", "With knowledge_id, say which network makes the image features: 'backbone'.")
+        elif dataset.kind == "features":
+            plan_features(plan, body.method)
         if body.scratch is not None and (body.backbone is None or body.backbone.weights != "scratch"):
             plan.add("/scratch", "Nothing is trained from scratch: give a 'backbone' with weights 'scratch', too.")
     plan_validation(plan, body.validation_classes, "/validation_classes")

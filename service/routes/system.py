@@ -81,6 +81,7 @@ def _method_out(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "paper": method.paper,
         "url": method.url,
+        "features": method.features,
         "parameters": method.params.model_json_schema(),
     }
 

@@ -9,7 +9,14 @@ from safetensors.torch import save_file
 from torchvision.models import resnet18
 
 from models import backbones
-from models.backbones import Backbone, create_backbone, list_backbones, small_backbone, torchvision_weights
+from models.backbones import (
+    Backbone,
+    SpatialBackbone,
+    create_backbone,
+    list_backbones,
+    small_backbone,
+    torchvision_weights,
+)
 from models.errors import InvalidInput, ShapeMismatch, UnknownName
 from models.small_cnn import SmallCNN
 from models.weights import save_state
@@ -225,3 +232,27 @@ def test_real_weights_load(name: str, feature_dim: int) -> None:
     assert features.shape == (2, feature_dim)
     assert (features >= 0).all()
     assert features.max() > 0.1
+
+
+def test_a_map_is_a_feature_place_after_place(small: Backbone) -> None:
+    view = SpatialBackbone(small, 64)
+    images = noise(11, 64)
+    maps = small.spatial(images)
+    side = maps.shape[2]
+    assert (view.channels, view.feature_dim) == (256, side * side * 256)
+    assert (view.device, view.max_batch) == (small.device, small.max_batch)
+    flat = view.features(images)
+    place = flat.reshape(11, side, side, 256)[4, 1, 2]  # second row, third column
+    assert torch.equal(place, maps[4, :, 1, 2])
+    torch.testing.assert_close(flat.reshape(11, -1, 256).mean(dim=1), small.features(images))
+    assert view.features(images[:0]).shape == (0, view.feature_dim)
+
+
+def test_views_of_one_network_are_equal_and_have_a_digest_of_their_own(small: Backbone, resnet: Backbone) -> None:
+    view = SpatialBackbone(small, 64)
+    assert view == SpatialBackbone(small, 64)
+    assert view != SpatialBackbone(small, 96)
+    assert view != SpatialBackbone(resnet, 64)
+    assert view != small
+    assert view.digest == SpatialBackbone(small, 96).digest
+    assert len({view.digest, small.digest, SpatialBackbone(resnet, 64).digest}) == 3
