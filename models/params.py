@@ -51,6 +51,10 @@ class ScratchParams(Params):
     batch_size: int = Field(64, ge=2, le=4096, description="Images a step.")
 
 
+FINETUNED_COST = 8.0
+"""Time of a patch in one epoch of fine-tuning, as a multiple of its feature extraction: a neighbour, both ways."""
+
+
 class ClusteringParams(Params):
     """Patch clustering of VGSE (Eq. 1-8); loss weights and schedule are ours, the paper does not print them."""
 
@@ -66,6 +70,12 @@ class ClusteringParams(Params):
     )
     mode: Literal["frozen", "finetune"] = Field(
         "frozen", description="Train the heads on cached features, or the backbone too, end to end."
+    )
+    finetuned_share: float = Field(
+        1.0, gt=0, le=1, description="Mode finetune: the last part of the network's layers that learns; 1: all of them."
+    )
+    backbone_learning_rate: float = Field(
+        5e-5, gt=0, le=1, description="Mode finetune: Adam's step size for the network."
     )
     epochs: int = Field(
         50, ge=1, le=10_000, description="At most this many passes; validation classes may stop sooner."

@@ -14,7 +14,7 @@ from models.catalog import METHODS, Kind, get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
 from models.knowledge.base import Resolution
 from models.knowledge.names import normalize_class_name, validate_class_names
-from models.params import BackboneParams, EmbeddingSetParams
+from models.params import FINETUNED_COST, BackboneParams, EmbeddingSetParams
 from service.core import repositories
 from service.core.errors import Invalid, Problem, Unavailable
 from service.core.settings import Settings
@@ -39,6 +39,7 @@ class Plan:
     n_images: int = 0
     n_patches: int = 0
     is_trained: bool = False  # whether its network is trained from scratch first
+    is_finetuned: bool = False  # whether its network learns with the clusters
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
@@ -142,6 +143,7 @@ def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCre
     if dataset.kind == "images":
         plan_backbone(plan, params.backbone, settings, "/params/backbone")
         plan.is_trained = params.backbone.weights == "scratch"
+        plan.is_finetuned = body.method == "vgse" and params.clustering.mode == "finetune"
     elif body.method == "vgse" and params.clustering.mode == "finetune":
         plan.add("/params/clustering/mode", "Fine-tuning needs images; this dataset holds features.")
     per_image = 1 if params.patches.method == "whole" or dataset.kind == "features" else params.patches.n_patches
@@ -211,15 +213,21 @@ def estimate(session: Session, plan: Plan, params: EmbeddingSetParams) -> dict[s
     rate = measured[1] if measured else DEFAULT_PATCHES_PER_S
     where = f"measured by {measured[0]}" if measured else "a guess for two CPU cores; no finished job to go by"
     training_s, training_basis = _training_estimate(session, plan, params) if plan.is_trained else (0.0, "")
+    # both runs at their longest: the one that chooses the epoch, and the one that counts
+    finetuning_s = 2 * params.clustering.epochs * FINETUNED_COST * plan.n_patches / rate if plan.is_finetuned else 0.0
+    if plan.is_finetuned:
+        training_basis += f"; at most {finetuning_s:.0f} s to fine-tune the network, a guess from that rate"
     return {
         **plan.findings(),
         "n_images": plan.n_images,
         "n_patches": plan.n_patches,
-        "seconds": round(plan.n_patches / rate + training_s, 1),
+        "seconds": round(plan.n_patches / rate + training_s + finetuning_s, 1),
         # features stay on disk; the heads, a batch, the network and what it is trained on are what a worker holds
         "memory_bytes": 1_500_000_000
         + 4 * params.clustering.batch_size * (2048 + 4 * params.clustering.n_clusters)
-        + (plan.n_images * TRAINING_IMAGE_BYTES if plan.is_trained else 0),
+        + (plan.n_images * TRAINING_IMAGE_BYTES if plan.is_trained else 0)
+        # pixels kept between epochs, and the activations of a step
+        + (min(3 * plan.n_patches * params.patches.size**2, 2 << 30) + (1 << 30) if plan.is_finetuned else 0),
         "basis": f"{rate:.0f} patches/s, {where}{training_basis}",
     }
 

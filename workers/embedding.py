@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,22 +23,23 @@ from models.embedding.pipeline import (
 )
 from models.errors import TooFewSamples
 from models.knowledge.base import Resolution, require
-from models.params import BackboneParams, EmbeddingSetParams, PatchParams
+from models.params import FINETUNED_COST, BackboneParams, EmbeddingSetParams, PatchParams
 from service.core import repositories
 from service.core.tables import Dataset, EmbeddingClass, EmbeddingSet, Knowledge
-from workers.backbones import prepared_backbone
+from workers.backbones import BACKBONE_FILE, prepared_backbone
 from workers.features import FeatureTable, feature_spec, image_features
 from workers.finetuning import trainable_backbone
 from workers.imports import put_directory, read_feature_files
 from workers.rows import ImageRow, SplitRows, split_rows, splits_npz
 from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device, seed_everything
-from workers.sources import describe_backbone, open_knowledge, unpack
+from workers.sources import describe_backbone, open_backbone, open_knowledge, unpack
 
 if TYPE_CHECKING:
     from models.backbones import Backbone
 
 MAX_REPORTED = 1000
+FITTED = "fitted"  # folder of the fitted method in a job's scratch directory
 N_CONTRIBUTIONS = 5
 FIT_FORMAT = 1  # grows when the same inputs would give another fit
 PHASES = [
@@ -47,6 +48,7 @@ PHASES = [
     ("image_features", 0.08),
     ("neighbours", 0.04),
     ("clustering", 0.15),
+    ("finetuned_features", 0.08),
     ("embeddings", 0.01),
     ("relations", 0.08),
 ]
@@ -81,7 +83,7 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     inputs = _read_inputs(context)
     seed_everything(inputs.params.seed)
     device = choose_device(context.settings.device)
-    context.progress.set_phases(phases(inputs.params))
+    context.progress.set_phases(phases(inputs.row.method, inputs.params))
     source = open_knowledge(inputs.knowledge, context.store, context.settings)
     lookup = source.lookup([*inputs.seen, *inputs.unseen])
     vectors = require(lookup, field="unseen_classes")
@@ -91,6 +93,8 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     else:
         tables, backbone = _image_tables(context, inputs, device)
     fitted = _fitted(context, inputs, tables, knowledge_seen, backbone, device)
+    if backbone is not None:
+        tables = _seen_by_the_trained(context, inputs, tables, device)
     result = relate_classes(
         fitted,
         tables.images,
@@ -101,7 +105,7 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     )
     directory = context.scratch_dir / "model"
     result.save(directory)
-    files = put_directory(context, directory) | tables.files
+    files = tables.files | put_directory(context, directory)  # a fine-tuned network replaces the one it began as
     files["splits.npz"] = context.store.put_bytes(splits_npz(inputs.rows, [*inputs.seen, *inputs.unseen]))
     classes = class_rows(inputs.row.id, result.embedder, lookup.resolutions[len(inputs.seen) :], knowledge_unseen)
     return _publisher(inputs, tables, result, files, classes, lookup.warnings)
@@ -115,7 +119,7 @@ def _fitted(
     key = _fit_key(inputs, tables, knowledge)
     with context.database.read() as session:
         cached = repositories.get_cached_artifact(session, key)
-    directory = context.scratch_dir / "fitted"
+    directory = context.scratch_dir / FITTED
     if cached is not None:
         files = cached.summary["files"]
         return load_patch_embedding(method, unpack(context.store, files, tuple(files), directory))
@@ -155,10 +159,30 @@ def _fit_key(inputs: Inputs, tables: Tables, knowledge: FloatArray) -> str:
     return f"fitted-{digest.hexdigest()}"
 
 
-def phases(params: EmbeddingSetParams) -> list[tuple[str, float]]:
+def _seen_by_the_trained(context: TaskContext, inputs: Inputs, tables: Tables, device: str) -> Tables:
+    """The tables with image features of the fine-tuned network, which classifiers of the set recognise images by."""
+    params = inputs.params
+    backbone = open_backbone(
+        params.backbone, context.settings, device=device, weights=context.scratch_dir / FITTED / BACKBONE_FILE
+    )
+    cut = whole_image(params.patches.size)
+    sha256s = [row.sha256 for row in inputs.rows.train]
+    whole = image_features(context, sha256s, backbone, cut, phase="finetuned_features")
+    images = LabelledFeatures(np.asarray(whole.features), tables.images.labels, tables.images.class_names)
+    report = {**tables.report, "backbone": describe_backbone(params.backbone, backbone)}
+    return replace(tables, images=images, report=report)
+
+
+def phases(method: str, params: EmbeddingSetParams) -> list[tuple[str, float]]:
     """Expected shares of the time; training a network takes longer than everything that is done with it."""
-    is_trained = params.backbone.weights == "scratch"
-    return [(name, 1.5 if is_trained and name == "backbone" else share) for name, share in PHASES]
+    shares = dict(PHASES)
+    if params.backbone.weights == "scratch":
+        shares["backbone"] = 1.5
+    if method != "vgse" or params.clustering.mode != "finetune":
+        return [(name, share) for name, share in shares.items() if name != "finetuned_features"]
+    # a step reads a patch and its neighbour, forwards and back; both runs, of which one may stop early
+    shares["clustering"] = FINETUNED_COST * 1.5 * params.clustering.epochs * shares["features"]
+    return list(shares.items())
 
 
 def _publisher(
@@ -228,7 +252,8 @@ def _image_tables(context: TaskContext, inputs: Inputs, device: str) -> tuple[Ta
     _require_images(inputs.seen, images, patch_table.failures)
     trainable = None
     if inputs.row.method == "vgse" and params.clustering.mode == "finetune":
-        trainable = trainable_backbone(context, backbone, sha256s, patch_table, params.patches)
+        cuts = (patch_table, params.patches), (whole, whole_image(params.patches.size))
+        trainable = trainable_backbone(context, backbone, sha256s, *cuts)
     report = _report(train, params.backbone, backbone, patch_table, whole)
     content = hashlib.sha256("".join([feature_spec(backbone, params.patches), *sha256s]).encode()).hexdigest()
     return Tables(patches, images, report, files, content), trainable

@@ -18,33 +18,23 @@ from workers.features import FeatureTable
 from workers.runner import TaskContext
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from models.backbones import Backbone
 
-CACHED_BYTES = 2 * 2**30  # of cut patches kept between epochs
+CACHED_BYTES = 2 * 2**30  # of cut patches that a reader keeps between epochs
 
 
 def trainable_backbone(
-    context: TaskContext, backbone: Backbone, sha256s: Sequence[str], table: FeatureTable, params: PatchParams
+    context: TaskContext,
+    backbone: Backbone,
+    sha256s: Sequence[str],
+    patches: tuple[FeatureTable, PatchParams],
+    images: tuple[FeatureTable, PatchParams],
 ) -> TrainableBackbone:
-    """The backbone with a source of its training patches: cut again from the stored images at the recorded boxes."""
-    return TrainableBackbone(_from_pixels(backbone), PatchReader(context, sha256s, table, params).read)
-
-
-def _from_pixels(backbone: Backbone) -> nn.Module:
-    """uint8 pixels -> features, with gradients."""
-    from torch import nn
-
-    class FromPixels(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = backbone.module
-
-        def forward(self, images: Tensor) -> Any:
-            return self.network(backbone.normalise(images)).float()
-
-    return FromPixels()
+    """The backbone with a source of its training pixels: cut again from the stored images at the recorded boxes."""
+    readers = [PatchReader(context, sha256s, table, params) for table, params in (patches, images)]
+    return TrainableBackbone(backbone.module, readers[0].read, readers[1].read, backbone.normalise)
 
 
 class PatchReader:

@@ -34,7 +34,7 @@ class PatchClustering:
 
     Learned by `fit`: class_embeddings_ (C, E) float32 in the order of `class_names_`; best_epoch_; history_ (one
     dict an epoch: losses, and `validation` where classes were held out; `stage` tells choosing from fitting);
-    report_; heads_; backbone_ (mode 'finetune' only: the trained copy).
+    report_; heads_; backbone_ (mode 'finetune' only: weights of the trained copy, as its state dict has them).
     """
 
     class_embeddings_: FloatArray
@@ -43,7 +43,7 @@ class PatchClustering:
     history_: list[dict[str, Any]]
     report_: ClusterReport
     heads_: ClusterHeads
-    backbone_: torch.nn.Module | None
+    backbone_: dict[str, Tensor] | None
 
     def __init__(self, params: ClusteringParams, *, seed: int = 0, device: str = "cpu") -> None:
         self.params = params
@@ -90,7 +90,9 @@ class PatchClustering:
         self.class_names_ = tuple(patches.class_names)
         self.report_ = cluster_report(usage.cpu().numpy(), winners.cpu().numpy(), tuple(notes))
         self.heads_ = run.heads.eval()
-        self.backbone_ = run.rows.module if isinstance(run.rows, BackboneRows) else None
+        self.backbone_ = None
+        if isinstance(run.rows, BackboneRows):
+            self.backbone_ = {name: tensor.cpu() for name, tensor in run.rows.module.state_dict().items()}
         return self
 
     def assign(self, features: FloatArray) -> FloatArray:
@@ -117,7 +119,7 @@ class PatchClustering:
 
     @classmethod
     def load(cls, directory: Path, *, device: str = "cpu") -> PatchClustering:
-        """What `save` wrote; `backbone_` comes back as None (its weights: `storage.load_backbone_weights`)."""
+        """What `save` wrote."""
         return load_heads(cls, directory, device)
 
     def _fitted_heads(self) -> ClusterHeads:
@@ -135,10 +137,15 @@ class PatchClustering:
         features, classes = task.images(image_features)
         scorer = ValidationScorer(features, classes, task.knowledge, train, held_out)
         run = _Run(self, task, train)
+        n_images = len(features) if image_features is not None else 0
         epochs: list[int] = []
         scores: list[float] = []
         for epoch in range(1, self.params.epochs + 1):
             losses = run.epoch()
+            if n_images and isinstance(run.rows, BackboneRows):  # images are recognised by the network that is trained
+                fresh = run.rows.images(n_images)
+                if fresh is not None:
+                    scorer = ValidationScorer(fresh, classes, task.knowledge, train, held_out)
             accuracy, log_probability = scorer(class_means(run.heads, run.patches)[0].cpu().numpy())
             epochs.append(epoch)
             scores.append(log_probability)
@@ -181,9 +188,9 @@ class _Task:
         sums = np.add.reduceat(self.table.features, first, axis=0, dtype=np.float32)
         return sums / count[:, None].astype(np.float32), self.table.labels[numbers]
 
-    def rows(self, keep: IntArray, device: str) -> FeatureRows:
+    def rows(self, keep: IntArray, share: float, device: str) -> FeatureRows:
         if self.backbone is not None:
-            return BackboneRows(self.backbone, keep, device=device)
+            return BackboneRows(self.backbone, keep, share=share, device=device)
         return CachedRows(self.table.features, keep, device=device)
 
 
@@ -196,7 +203,7 @@ class _Run:
         if len(keep) < params.n_clusters:
             raise TooFewSamples(f"{len(keep)} patches cannot fill {params.n_clusters} clusters.")
         self.params = params
-        self.rows = task.rows(keep, device)
+        self.rows = task.rows(keep, params.finetuned_share, device)
         self.patches = PatchSet(
             features=self.rows,
             classes=_tensor(np.searchsorted(members, task.classes[keep]), device),
@@ -216,7 +223,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(owner.seed)
         groups: list[dict[str, Any]] = [{"params": list(self.heads.parameters())}]
         if isinstance(self.rows, BackboneRows):
-            groups.append(self.rows.parameter_group(params.learning_rate))
+            groups.append(self.rows.parameter_group(params.backbone_learning_rate))
         self.optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
 
     def epoch(self) -> dict[str, float]:

@@ -7,61 +7,122 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.base import IntArray
+from models.base import FloatArray, IntArray
 
-ReadPatches = Callable[[IntArray], Tensor]
-"""Patch-table row numbers (B,) -> uint8 pixels (B, 3, s, s)."""
+ReadPixels = Callable[[IntArray], Tensor]
+"""Row numbers (B,) -> uint8 pixels (B, 3, s, s)."""
+
+ACTIVATION_BYTES = 1 << 30
+"""Activations that a step may hold; a step that needs more computes them again in its backward pass."""
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """What a network without a preparation of its own reads."""
+    return pixels.float()
 
 
 @dataclass(frozen=True)
 class TrainableBackbone:
     """What fine-tuning needs beside the patch table.
 
-    module: uint8 pixels (B, 3, s, s) -> features (B, D), differentiable in its parameters; it is copied, never changed.
+    module: prepared pixels (B, 3, s, s) -> features (B, D), differentiable in its parameters; it is copied, never
+        changed.
     read_patches: pixels of rows of the patch table.
-    learning_rate_factor: the backbone's step size as a part of the heads'.
-    chunk: patches through the backbone at a time; activations of one chunk are held, whatever the batch size.
+    read_images: pixels of rows of the image table, whole; None: validation classes are scored by the features given.
+    prepare: uint8 pixels -> what `module` takes.
+    chunk: patches through the backbone at a time.
     """
 
     module: nn.Module
-    read_patches: ReadPatches
-    learning_rate_factor: float = 0.01
+    read_patches: ReadPixels
+    read_images: ReadPixels | None = None
+    prepare: Callable[[Tensor], Tensor] = as_floats
     chunk: int = 64
 
 
 class BackboneRows:
     """Feature rows that come from the pixels through the backbone at every call, with gradients when they are on."""
 
-    def __init__(self, source: TrainableBackbone, row_numbers: IntArray, *, device: str = "cpu") -> None:
+    def __init__(
+        self, source: TrainableBackbone, row_numbers: IntArray, *, share: float = 1.0, device: str = "cpu"
+    ) -> None:
+        """share: the last part of the network's layers that learns."""
         self.module = copy.deepcopy(source.module).to(device)
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(True)
+        self._learning = last_layers(self.module, share)
         # Batch statistics of nine patches of few images are not those of the data: pretrained ones stay (eval mode).
         # It also makes the recomputed forward pass of a chunk the same as its first.
         self.module.eval()
         self._source = source
         self._row_numbers = row_numbers
         self._device = device
+        self._bytes_per_row: float | None = None
 
     def __len__(self) -> int:
         return len(self._row_numbers)
 
     def parameter_group(self, learning_rate: float) -> dict[str, Any]:
-        """The backbone's share of the optimiser, given the heads' step size."""
-        return {"params": list(self.module.parameters()), "lr": learning_rate * self._source.learning_rate_factor}
+        """The backbone's share of the optimiser."""
+        return {"params": self._learning, "lr": learning_rate}
 
     def rows(self, index: Tensor) -> Tensor:
         wanted = self._row_numbers[index.cpu().numpy()]
-        features = []
+        return torch.cat([self._forward(part, len(wanted)) for part in self._parts(self._source.read_patches, wanted)])
+
+    def images(self, n_images: int) -> FloatArray | None:
+        """Whole-image features (N, D) float32 of the image table as the network is now, if its pixels can be read."""
+        if self._source.read_images is None:
+            return None
+        with torch.no_grad():
+            parts = [self.module(part).float() for part in self._parts(self._source.read_images, np.arange(n_images))]
+        features: FloatArray = torch.cat(parts).cpu().numpy()
+        return features
+
+    def _parts(self, read: ReadPixels, wanted: IntArray) -> Any:
         for start in range(0, len(wanted), self._source.chunk):
-            pixels = self._source.read_patches(wanted[start : start + self._source.chunk]).to(self._device)
-            if torch.is_grad_enabled():
-                # activations of the whole batch would not fit; each chunk is computed again in the backward pass
-                features.append(checkpoint(self.module, pixels, use_reentrant=False))
-            else:
-                features.append(self.module(pixels))
-        return torch.cat(features).float()
+            yield self._source.prepare(read(wanted[start : start + self._source.chunk]).to(self._device))
+
+    def _forward(self, pixels: Tensor, n_rows: int) -> Tensor:
+        features: Tensor
+        if not torch.is_grad_enabled():
+            features = self.module(pixels)
+        elif self._bytes_per_row is None:
+            features, n_bytes = _weighed(self.module, pixels)
+            self._bytes_per_row = n_bytes / len(pixels)
+        elif self._bytes_per_row * n_rows <= ACTIVATION_BYTES:
+            features = self.module(pixels)
+        else:
+            features = checkpoint(self.module, pixels, use_reentrant=False)
+        return features.float()
+
+
+def last_layers(module: nn.Module, share: float) -> list[nn.Parameter]:
+    """The parameters of the last `share` of the layers that have any, in the network's order; the others are fixed."""
+    layers = [layer for layer in module.modules() if any(True for _ in layer.parameters(recurse=False))]
+    n_learning = max(1, round(share * len(layers)))
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    learning = [parameter for layer in layers[len(layers) - n_learning :] for parameter in layer.parameters()]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    return list(dict.fromkeys(learning))
+
+
+def _weighed(module: nn.Module, pixels: Tensor) -> tuple[Tensor, int]:
+    """Features with gradients, and the bytes of activations held for these."""
+    held: dict[int, int] = {}
+    own = {tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features: Tensor = module(pixels)
+    return features, sum(held.values())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from models.embedding.heads import ClusterHeads
 from models.embedding.report import ClusterReport
@@ -30,7 +29,7 @@ def save_heads(model: PatchClustering, directory: Path) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.heads_.state_dict().items()}
     save_file({**tensors, "class_embeddings": torch.from_numpy(model.class_embeddings_)}, directory / HEADS_FILE)
     if model.backbone_ is not None:
-        weights = {name: tensor.cpu().contiguous().clone() for name, tensor in model.backbone_.state_dict().items()}
+        weights = {name: tensor.contiguous().clone() for name, tensor in model.backbone_.items()}
         save_file(weights, directory / BACKBONE_FILE)
     manifest = {
         "format": FORMAT,
@@ -55,7 +54,8 @@ def load_heads(kind: type[PatchClustering], directory: Path, device: str) -> Pat
     model.best_epoch_ = manifest["best_epoch"]
     model.history_ = manifest["history"]
     model.report_ = ClusterReport.from_json(manifest["report"])
-    model.backbone_ = None
+    weights = directory / BACKBONE_FILE
+    model.backbone_ = load_file(weights) if model.params.mode == "finetune" and weights.is_file() else None
     heads = ClusterHeads(
         tensors["centre"],
         tensors["scale"],
@@ -67,13 +67,6 @@ def load_heads(kind: type[PatchClustering], directory: Path, device: str) -> Pat
     heads.load_state_dict(tensors)
     model.heads_ = heads.to(device).eval()
     return model
-
-
-def load_backbone_weights(directory: Path) -> dict[str, Tensor]:
-    """State dict of the fine-tuned backbone beside a saved clustering."""
-    if not (directory / BACKBONE_FILE).is_file():
-        raise InvalidInput(f"{directory.name!r} holds no fine-tuned backbone: it was fitted on frozen features.")
-    return load_file(directory / BACKBONE_FILE)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from models.params import FINETUNED_COST
 from service import planning
 from service.core.tables import CachedArtifact, EmbeddingSet
 from service.schemas import AddedClass, EmbeddedClass, EmbeddingSetOut, Estimate, JobOut, Page
@@ -42,6 +43,21 @@ def test_a_good_request_is_queued_with_its_resource(live_api: LiveApi, inputs: d
         request = session.get_one(EmbeddingSet, row["id"]).request
     # An unseen class is never trained on because it is spelled differently.
     assert request == {"seen_classes": ["cat", "dog"], "unseen_classes": ["zebra", "polar_bear"]}
+
+
+def test_the_estimate_counts_fine_tuning(live_api: LiveApi, inputs: dict[str, str]) -> None:
+    def estimate(**clustering: Any) -> dict[str, Any]:
+        params = {"backbone": {"name": "mobilenet_v2"}, "clustering": {"n_clusters": 4, "epochs": 10, **clustering}}
+        body = {**inputs, "unseen_classes": ["zebra"], "params": params}
+        return checked(create(live_api, body, "?validate_only=true"), Estimate)
+
+    frozen, tuned = estimate(), estimate(mode="finetune")
+    assert tuned["seconds"] == pytest.approx(
+        (1 + 2 * 10 * FINETUNED_COST) * frozen["seconds"], rel=0.1
+    )  # of a rounded number
+    assert tuned["memory_bytes"] > frozen["memory_bytes"] + 2**30
+    assert "to fine-tune the network" in tuned["basis"]
+    assert "fine-tune" not in frozen["basis"]
 
 
 def test_validate_only_estimates_and_queues_nothing(live_api: LiveApi, inputs: dict[str, str]) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.base import FloatArray, IntArray, PatchTable
+from models.base import FloatArray, IntArray, LabelledFeatures, PatchTable
+from models.embedding import finetune
 from models.embedding.clustering import PatchClustering
-from models.embedding.finetune import BackboneRows, TrainableBackbone
-from models.embedding.storage import load_backbone_weights
+from models.embedding.finetune import BackboneRows, TrainableBackbone, last_layers
 from models.errors import InvalidInput
 from models.params import ClusteringParams
 
@@ -58,13 +58,30 @@ def _problem() -> tuple[PatchTable, FloatArray, TrainableBackbone]:
     labels = np.repeat(np.arange(N_CLASSES), IMAGES)
     table = PatchTable(features, np.repeat(np.arange(len(labels)), PATCHES), labels, ("a", "b", "c", "d"))
     knowledge = np.eye(N_CLASSES, dtype=np.float32)
-    return table, knowledge, TrainableBackbone(network, read, learning_rate_factor=0.1, chunk=10)
+    return table, knowledge, TrainableBackbone(network, read, chunk=10)
 
 
-def _params(epochs: int = 8) -> ClusteringParams:
+def _params(epochs: int = 8, share: float = 1.0) -> ClusteringParams:
     return ClusteringParams(
-        mode="finetune", n_clusters=8, n_neighbors=4, epochs=epochs, batch_size=32, learning_rate=0.02
+        mode="finetune",
+        n_clusters=8,
+        n_neighbors=4,
+        epochs=epochs,
+        batch_size=32,
+        learning_rate=0.02,
+        backbone_learning_rate=0.002,
+        finetuned_share=share,
     )
+
+
+def _features(weights: dict[str, Tensor] | None, pixels: Tensor) -> FloatArray:
+    """What the network makes of pixels with the weights that a clustering has left."""
+    assert weights is not None
+    network = _TinyNetwork().eval()
+    network.load_state_dict(weights)
+    with torch.inference_mode():
+        features: FloatArray = network(pixels).numpy()
+    return features
 
 
 def test_the_loss_falls_and_backbone_and_heads_learn() -> None:
@@ -73,7 +90,7 @@ def test_the_loss_falls_and_backbone_and_heads_learn() -> None:
     model = PatchClustering(_params()).fit(table, knowledge, backbone=backbone)
     assert model.history_[-1]["loss"] < model.history_[0]["loss"]
     assert model.backbone_ is not None
-    trained = model.backbone_.state_dict()
+    trained = model.backbone_
     assert not torch.equal(trained["layers.0.weight"], before["layers.0.weight"])
     assert not torch.equal(trained["last.weight"], before["last.weight"])
     for name, weight in backbone.module.state_dict().items():
@@ -83,9 +100,7 @@ def test_the_loss_falls_and_backbone_and_heads_learn() -> None:
 def test_class_embeddings_come_from_refreshed_features() -> None:
     table, knowledge, backbone = _problem()
     model = PatchClustering(_params()).fit(table, knowledge, backbone=backbone)
-    assert model.backbone_ is not None
-    with torch.inference_mode():
-        fresh = model.backbone_(_pixels()).numpy()
+    fresh = _features(model.backbone_, _pixels())
     by_class = model.assign(fresh).reshape(N_CLASSES, IMAGES * PATCHES, -1).mean(axis=1)
     np.testing.assert_allclose(model.class_embeddings_, by_class, atol=1e-5)
     stale = model.assign(table.features).reshape(N_CLASSES, IMAGES * PATCHES, -1).mean(axis=1)
@@ -99,7 +114,10 @@ def test_epoch_choice_leaves_each_run_its_own_backbone() -> None:
     np.testing.assert_array_equal(chosen.class_embeddings_, plain.class_embeddings_)
 
 
-def test_chunks_change_neither_features_nor_gradients() -> None:
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_chunks_change_neither_features_nor_gradients(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether activations are held or computed again."""
+    monkeypatch.setattr(finetune, "ACTIVATION_BYTES", budget)
     _, _, backbone = _problem()
     gradients = []
     for chunk in (7, 1000):
@@ -110,17 +128,56 @@ def test_chunks_change_neither_features_nor_gradients() -> None:
         torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-4)
 
 
-def test_backbone_weights_are_saved_beside_the_heads(tmp_path: Path) -> None:
+def test_only_the_last_layers_learn_where_a_share_is_asked_for() -> None:
+    table, knowledge, backbone = _problem()
+    before = {name: weight.clone() for name, weight in backbone.module.state_dict().items()}
+    model = PatchClustering(_params(2, share=0.3)).fit(table, knowledge, backbone=backbone)
+    assert model.backbone_ is not None
+    changed = {name for name, weight in model.backbone_.items() if not torch.equal(weight, before[name])}
+    assert changed == {"last.weight", "last.bias"}
+    for share, n_tensors in ((0.01, 2), (0.6, 4), (1.0, 6)):
+        assert len(last_layers(_TinyNetwork(), share)) == n_tensors
+
+
+def test_validation_images_are_seen_by_the_network_that_is_trained() -> None:
+    """Features of untrained images would tell how well yesterday's network would do."""
+    table, knowledge, backbone = _problem()
+    pixels = _pixels()[::PATCHES]
+    read: list[int] = []
+
+    def read_images(rows: IntArray) -> Tensor:
+        read.extend(rows.tolist())
+        return pixels[torch.from_numpy(np.asarray(rows))]
+
+    with torch.inference_mode():
+        images = LabelledFeatures(backbone.module(pixels).numpy(), table.labels, table.class_names)
+    own = TrainableBackbone(backbone.module, backbone.read_patches, read_images, chunk=10)
+    found = [
+        PatchClustering(_params(3)).fit(
+            table, knowledge, backbone=source, image_features=images, validation_classes=["a", "d"]
+        )
+        for source in (own, backbone)
+    ]
+    assert read[: len(pixels)] == list(range(len(pixels)))
+    assert len(read) == 3 * len(pixels)  # once an epoch of the run that chooses
+    scores = [[entry.get("validation_log_probability") for entry in model.history_] for model in found]
+    assert scores[0] != scores[1]
+
+
+def test_backbone_weights_are_saved_beside_the_heads_and_loaded_again(tmp_path: Path) -> None:
     table, knowledge, backbone = _problem()
     model = PatchClustering(_params(1)).fit(table, knowledge, backbone=backbone)
-    model.save(tmp_path)
-    weights = load_backbone_weights(tmp_path)
-    assert model.backbone_ is not None
-    assert all(torch.equal(weights[name], value) for name, value in model.backbone_.state_dict().items())
+    model.save(tmp_path / "first")
+    PatchClustering.load(tmp_path / "first").save(tmp_path / "again")
+    for folder in ("first", "again"):
+        weights = PatchClustering.load(tmp_path / folder).backbone_
+        assert model.backbone_ is not None
+        assert weights is not None
+        assert weights.keys() == backbone.module.state_dict().keys()  # a network of the kind takes them as they are
+        assert all(torch.equal(weights[name], value) for name, value in model.backbone_.items())
     frozen = _params(1).model_copy(update={"mode": "frozen"})
     PatchClustering(frozen).fit(table, knowledge).save(tmp_path / "frozen")
-    with pytest.raises(InvalidInput, match="no fine-tuned backbone"):
-        load_backbone_weights(tmp_path / "frozen")
+    assert PatchClustering.load(tmp_path / "frozen").backbone_ is None
 
 
 def test_mode_and_backbone_must_agree() -> None:
