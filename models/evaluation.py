@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from models.base import FloatArray, IntArray, LabelledFeatures
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownName
@@ -62,11 +63,16 @@ class ZSLReport:
     confusion: tuple[tuple[int, ...], ...]
     without_images: tuple[str, ...]
     n_images: int
+    ece: float | None = None
 
 
 @dataclass(frozen=True)
 class GZSLReport:
-    """All images ranked among all classes, `gamma` taken off the seen ones. u, s: unseen, seen; h: harmonic mean."""
+    """All images ranked among all classes, `gamma` taken off the seen ones. u, s: unseen, seen; h: harmonic mean.
+
+    ausuc: area under the curve of s over u as gamma runs (Chao et al. 2016), which no choice of gamma can help.
+    ece: expected calibration error of the probabilities; None where no temperature was given.
+    """
 
     u: float
     s: float
@@ -76,6 +82,8 @@ class GZSLReport:
     without_images: tuple[str, ...]
     n_unseen_images: int
     n_seen_images: int
+    ausuc: float
+    ece: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,13 +161,7 @@ def choose_common_gamma(rankings: Sequence[tuple[FloatArray, IntArray, BoolArray
     of the two scores, so H only changes at those differences; the answer is the middle of the best interval between
     two neighbours (the widest of equals).
     """
-    parts = [_switches(*ranking) for ranking in rankings]
-    change, gain_u, loss_s = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(change, kind="stable")
-    points, first = np.unique(change[order], return_index=True)
-    last = np.append(first[1:], len(order))  # images below the upper end of each interval
-    u = np.append(0.0, np.cumsum(gain_u[order])[last - 1]) / len(parts)
-    s = (loss_s.sum() - np.append(0.0, np.cumsum(loss_s[order])[last - 1])) / len(parts)
+    points, u, s = _curve(rankings)
     h = np.divide(2 * u * s, u + s, out=np.zeros_like(u), where=u + s > 1e-12)
     # Interval i lies between points[i - 1] and points[i]; the two outer ones have no end of their own.
     rounding = 1e-6 * max(float(np.abs(scores).max()) for scores, _, _ in rankings)  # of float32; it may not decide
@@ -170,11 +172,33 @@ def choose_common_gamma(rankings: Sequence[tuple[FloatArray, IntArray, BoolArray
     pick = int(best[np.argmax(np.diff(edges)[best])])
     gamma = float((edges[pick] + edges[pick + 1]) / 2)
     n_seen = sum(int(np.sum(is_seen[labels])) for _, labels, is_seen in rankings)
-    found = GZSLReport(float(u[pick]), float(s[pick]), float(h[pick]), gamma, {}, (), len(change) - n_seen, n_seen)
-    return gamma, found
+    n_unseen = sum(len(labels) for _, labels, _ in rankings) - n_seen
+    area = float(np.trapezoid(s, u))
+    return gamma, GZSLReport(float(u[pick]), float(s[pick]), float(h[pick]), gamma, {}, (), n_unseen, n_seen, area)
 
 
-def zsl_report(scores: FloatArray, labels: IntArray, names: Sequence[str]) -> ZSLReport:
+def area_under_curve(scores: FloatArray, labels: IntArray, is_seen: BoolArray) -> float:
+    """AUSUC: the area under S over U, from all images called seen to all called unseen (Chao et al. 2016)."""
+    _, u, s = _curve([(scores, labels, is_seen)])
+    return float(np.trapezoid(s, u))
+
+
+def calibration_error(scores: FloatArray, labels: IntArray, temperature: float, n_bins: int = 15) -> float:
+    """Expected calibration error of softmax(scores / temperature) (Guo et al. 2017, Eq. 3).
+
+    The mean over images of how far the best class's probability lies from the share of right ones in its bin, of
+    `n_bins` equal ones.
+    """
+    confidence = softmax(np.asarray(scores, np.float64) / temperature, axis=1).max(axis=1)
+    is_right = np.argmax(scores, axis=1) == labels
+    bins = np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
+    gaps = np.bincount(bins, weights=confidence - is_right, minlength=n_bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def zsl_report(
+    scores: FloatArray, labels: IntArray, names: Sequence[str], temperature: float | None = None
+) -> ZSLReport:
     """T1 from `scores` (n_images, n_classes) over the unseen classes alone; `labels` index the columns."""
     predicted = np.argmax(scores, axis=1)
     accuracy = per_class_accuracy(predicted, labels, range(len(names)))
@@ -187,14 +211,21 @@ def zsl_report(scores: FloatArray, labels: IntArray, names: Sequence[str]) -> ZS
         confusion=tuple(tuple(int(n) for n in row) for row in confusion),
         without_images=tuple(name for name, a in zip(names, accuracy, strict=True) if np.isnan(a)),
         n_images=len(labels),
+        ece=None if temperature is None else calibration_error(scores, labels, temperature),
     )
 
 
 def gzsl_report(
-    scores: FloatArray, labels: IntArray, names: Sequence[str], is_seen: BoolArray, gamma: float
+    scores: FloatArray,
+    labels: IntArray,
+    names: Sequence[str],
+    is_seen: BoolArray,
+    gamma: float,
+    temperature: float | None = None,
 ) -> GZSLReport:
     """U, S, H from `scores` (n_images, n_classes) over all classes, corrected by `gamma`."""
-    predicted = np.argmax(calibrated_stacking(scores, is_seen, gamma), axis=1)
+    stacked = calibrated_stacking(scores, is_seen, gamma)
+    predicted = np.argmax(stacked, axis=1)
     accuracy = per_class_accuracy(predicted, labels, range(len(names)))
     u = mean_per_class_accuracy(predicted, labels, np.flatnonzero(~is_seen))
     s = mean_per_class_accuracy(predicted, labels, np.flatnonzero(is_seen))
@@ -208,6 +239,8 @@ def gzsl_report(
         without_images=tuple(name for name, a in zip(names, accuracy, strict=True) if np.isnan(a)),
         n_unseen_images=len(labels) - n_seen,
         n_seen_images=n_seen,
+        ausuc=area_under_curve(scores, labels, is_seen),
+        ece=None if temperature is None else calibration_error(stacked, labels, temperature),
     )
 
 
@@ -218,8 +251,11 @@ def evaluate(
     test_unseen: LabelledFeatures | None = None,
     test_seen: LabelledFeatures | None = None,
     gamma: float = 0.0,
+    temperature: float | None = None,
 ) -> Report:
     """T1 where there are unseen test images; U, S, H where there are seen ones too. None of them may be training rows.
+
+    With `temperature`, softmax(scores / temperature) is held against the truth too (ece).
 
     The test images carry their own class names; one that `classes` lacks raises UnknownName, and so does an image
     of a seen class in `test_unseen` or the other way round (InvalidInput).
@@ -233,11 +269,11 @@ def evaluate(
         scores = model.scores(features, classes.embeddings[unseen])
         position = np.full(len(classes.names), -1)
         position[unseen] = np.arange(len(unseen))
-        zsl = zsl_report(scores, position[labels], [classes.names[i] for i in unseen])
+        zsl = zsl_report(scores, position[labels], [classes.names[i] for i in unseen], temperature)
         if seen_rows is not None:
             both = model.scores(np.concatenate([features, seen_rows[0]]), classes.embeddings)
             all_labels = np.concatenate([labels, seen_rows[1]])
-            gzsl = gzsl_report(both, all_labels, classes.names, classes.is_seen, gamma)
+            gzsl = gzsl_report(both, all_labels, classes.names, classes.is_seen, gamma, temperature)
     return Report(zsl, gzsl)
 
 
@@ -266,6 +302,18 @@ def _best(scores: FloatArray, columns: BoolArray) -> tuple[IntArray, FloatArray]
     which = np.flatnonzero(columns)
     position = np.argmax(scores[:, which], axis=1)
     return which[position], scores[np.arange(len(scores)), which[position]]
+
+
+def _curve(rankings: Sequence[tuple[FloatArray, IntArray, BoolArray]]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Gammas at which images change sides, in order (n,), and mean U and S before, between, after (n + 1,)."""
+    parts = [_switches(*ranking) for ranking in rankings]
+    change, gain_u, loss_s = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(change, kind="stable")
+    points, first = np.unique(change[order], return_index=True)
+    last = np.append(first[1:], len(order))  # images below the upper end of each interval
+    u = np.append(0.0, np.cumsum(gain_u[order])[last - 1]) / len(parts)
+    s = (loss_s.sum() - np.append(0.0, np.cumsum(loss_s[order])[last - 1])) / len(parts)
+    return points, u, s
 
 
 def _switches(scores: FloatArray, labels: IntArray, is_seen: BoolArray) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -129,6 +129,23 @@ def demo(
 
 
 @app.command()
+def bench(
+    plan: Annotated[Path, typer.Argument(help="YAML file: datasets, knowledge, embeddings, classifiers, seeds.")],
+    data: Annotated[Path, typer.Option(help="Folder that holds the datasets' folders.")] = Path(),
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench/out/<name>.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running service; default: one of its own.")] = None,
+    data_dir: Annotated[Path, typer.Option(help="Where a service of its own keeps its data.")] = Path("var/bench"),
+    weights_dir: Annotated[Path | None, typer.Option(help="Folder of weights for a service of its own.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write the tables of what is there; run nothing.")] = False,
+) -> None:
+    """Measures methods x knowledge x datasets, resumes where it stopped, and writes Markdown, CSV and JSON."""
+    from service import cli_bench
+
+    if not cli_bench.bench(plan, data, out, url=url, data_dir=data_dir, weights_dir=weights_dir, report=report):
+        raise typer.Exit(1)
+
+
+@app.command()
 def openapi(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default: standard output.")

@@ -96,7 +96,12 @@ def train_classifier(context: TaskContext) -> Publisher:
     if request["evaluate"]:
         classes = ClassTable((*inputs.seen, *inputs.unseen), embeddings, _is_seen(inputs))
         report = evaluate(
-            model, classes, test_unseen=tables.test_unseen, test_seen=tables.test_seen, gamma=model.gamma_
+            model,
+            classes,
+            test_unseen=tables.test_unseen,
+            test_seen=tables.test_seen,
+            gamma=model.gamma_,
+            temperature=model.temperature_,
         )
         metrics |= report.to_dict()
     directory = context.scratch_dir / "model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from models.base import FloatArray, LabelledFeatures
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownName
 from models.evaluation import (
     ClassTable,
+    area_under_curve,
     calibrated_stacking,
+    calibration_error,
     choose_common_gamma,
     choose_gamma,
     evaluate,
@@ -215,3 +218,40 @@ def test_class_table_refuses_double_names_and_lengths_that_disagree() -> None:
         ClassTable(("a", "a"), np.zeros((2, 1)), np.array([True, False]))
     with pytest.raises(ShapeMismatch, match="2 class names, 1 embeddings"):
         ClassTable(("a", "b"), np.zeros((1, 1)), np.array([True, False]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_area_under_the_curve_is_that_of_all_gammas(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.normal(size=(40, 6)), np.r_[np.arange(6), rng.integers(0, 6, 34)]
+    is_seen = np.array([True, True, False, True, False, False])
+    scores[:, is_seen] += 0.5
+    gammas = np.unique(np.concatenate([[-50, 50], (scores[:, is_seen, None] - scores[:, None, ~is_seen]).ravel()]))
+    between = np.concatenate([gammas[:1], (gammas[1:] + gammas[:-1]) / 2, gammas[-1:]])
+    names = [str(i) for i in range(6)]
+    found = [gzsl_report(scores, labels, names, is_seen, gamma) for gamma in between]
+    plain = sum((b.u - a.u) * (a.s + b.s) / 2 for a, b in pairwise(found))
+    assert area_under_curve(scores, labels, is_seen) == pytest.approx(plain)
+    assert found[0].ausuc == pytest.approx(plain)
+    assert choose_gamma(scores, labels, is_seen)[1].ausuc == pytest.approx(plain)
+
+
+def test_area_under_the_curve_of_a_perfect_model_is_one() -> None:
+    scores, labels = np.eye(4), np.arange(4)
+    assert area_under_curve(scores, labels, np.array([True, True, False, False])) == pytest.approx(1)
+
+
+def test_calibration_error_equals_plain_rewrite() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(200, 5)), rng.integers(0, 5, 200)
+    probabilities = np.exp(scores / 0.7) / np.exp(scores / 0.7).sum(axis=1, keepdims=True)
+    total = 0.0
+    for low in range(15):
+        rows = [i for i, p in enumerate(probabilities.max(axis=1)) if low / 15 <= p < (low + 1) / 15]
+        if rows:
+            right = np.mean([scores[i].argmax() == labels[i] for i in rows])
+            total += len(rows) / 200 * abs(right - np.mean([probabilities[i].max() for i in rows]))
+    assert calibration_error(scores, labels, 0.7) == pytest.approx(total)
+    # All right at full confidence: no error; all wrong: the whole of it.
+    assert calibration_error(np.eye(3) * 100, np.arange(3), 1.0) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(np.eye(3) * 100, np.array([1, 2, 0]), 1.0) == pytest.approx(1)

@@ -1,0 +1,189 @@
+"""`unseen bench`: the YAML file, which cells are measured and which are not again, tables with the papers' numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.bench import Results, run, write_tables
+from service.bench_plan import BenchSpec, cell_key, cells, read_spec
+from service.client import UnseenError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PLAN = """
+title: A small one
+datasets:
+  birds:
+  fish: {path: water/fish, knowledge: [attributes]}
+knowledge: [attributes, words]
+embeddings:
+  raw:
+  VGSE: {relation: smo, params: {clustering: {epochs: 3}}}
+classifiers:
+  SJE: {method: sje}
+  ESZSL: {method: eszsl, params: {gamma: 1}}
+seeds: [0, 1]
+paper: {source: Some Table 1, methods: {raw: "{classifier}"}, method: "{classifier}+{embedding}"}
+"""
+PAPER = [
+    {"source": "Some Table 1", "method": "SJE+vgse", "dataset": "Birds", "metric": "T1", "value": 61.2},
+    {"source": "Some Table 1", "method": "SJE", "dataset": "birds", "metric": "H", "value": 7.0},
+    {"source": "Some Table 2", "method": "ESZSL", "dataset": "birds", "metric": "T1", "value": 99.0},
+]
+
+
+class FakeClient:
+    """Answers like the service, with T1 from the request; counts what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.sets: list[dict[str, Any]] = []
+        self.refuses = ""
+
+    def list_all(self, kind: str) -> list[dict[str, Any]]:
+        return [{"id": "ds_birds", "name": "birds", "n_images": 3}] if kind == "datasets" else []
+
+    def get(self, resource_id: str) -> dict[str, Any]:
+        return {"id": resource_id, "kind": "images", "summary": {}}
+
+    def create_dataset(self, name: str) -> dict[str, Any]:
+        return {"id": f"ds_{name}"}
+
+    def upload_folder(self, dataset_id: str, folder: Path) -> Any:
+        assert (dataset_id, folder.name) == ("ds_fish", "fish")
+        return type("Upload", (), {"rejected": {}})
+
+    def add_knowledge(self, name: str, *, file: Path, kind: str) -> dict[str, Any]:
+        return {"resource": {"id": f"kn_{name}"}, "kind": kind, "file": file}
+
+    def wait(self, job: dict[str, Any]) -> dict[str, Any]:
+        return job
+
+    def create_embedding_set(self, dataset_id: str, knowledge_id: str, **request: Any) -> dict[str, Any]:
+        self.sets.append({"dataset": dataset_id, "knowledge": knowledge_id, **request})
+        return {"resource": {"id": f"es_{len(self.sets)}"}}
+
+    def embedding_set(self, set_id: str) -> dict[str, Any]:
+        return {"id": set_id, "summary": {"relation": {"name": "smo", "params": {"alpha": 0}}}}
+
+    def create_classifier(self, dataset_id: str, **request: Any) -> dict[str, Any]:
+        if request["method"] == self.refuses:
+            raise UnseenError("No such luck.")
+        self.asked.append({"dataset": dataset_id, **request})
+        return {"resource": {"id": str(0.1 * (1 + request["seed"]))}}
+
+    def classifier(self, classifier_id: str) -> dict[str, Any]:
+        t1 = float(classifier_id)
+        measured = {"zsl": {"t1": t1}, "gzsl": {"u": t1, "s": t1, "h": t1, "ausuc": t1}}
+        return {"metrics": {**measured, "validation": {"t1": 0.5}, "best_epoch": 2}}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    split = {"seen_classes": ["a", "b"], "unseen_classes": ["c"], "validation_classes": ["b"]}
+    for folder, sources in (("birds", ("attributes", "words", "more")), ("water/fish", ("attributes",))):
+        (tmp_path / folder / "knowledge").mkdir(parents=True)
+        (tmp_path / folder / "splits.json").write_text(json.dumps(split))
+        for source in sources:
+            (tmp_path / folder / "knowledge" / f"{source}.npz").write_bytes(b"")
+    return tmp_path
+
+
+def spec_of(folder: Path, text: str = PLAN) -> BenchSpec:
+    path = folder / "plan.yaml"
+    path.write_text(text)
+    return read_spec(path)
+
+
+def test_all_cells_are_measured_once_with_their_settings(data: Path) -> None:
+    spec, client, results = spec_of(data), FakeClient(), Results(data / "out")
+    assert run(client, spec, data, results) == 0  # type: ignore[arg-type]
+    assert len(client.asked) == len(list(cells(spec, data))) == 3 * 2 * 2 * 2
+    assert len(client.sets) == 3 * 2  # both classifiers share an embedding set
+    assert client.sets[0]["params"] == {"seed": 0, "validation_classes": ["b"], "clustering": {"epochs": 3}}
+    raw = client.asked[0]
+    assert (raw["dataset"], raw["knowledge_id"], raw["validation_classes"]) == (
+        "ds_birds",
+        "kn_birds/attributes",
+        ["b"],
+    )
+    assert (raw["seen_classes"], raw["unseen_classes"]) == (["a", "b"], ["c"])
+    assert client.asked[2]["embedding_set_id"] == "es_1"
+    assert {row["dataset"] for row in client.asked} == {"ds_birds", "ds_fish"}
+
+
+def test_a_second_run_measures_only_what_is_missing_or_failed_or_changed(data: Path) -> None:
+    spec, client = spec_of(data), FakeClient()
+    client.refuses = "eszsl"
+    assert run(client, spec, data, Results(data / "out")) == 12  # type: ignore[arg-type]
+    again = FakeClient()
+    assert run(again, spec, data, Results(data / "out")) == 0  # type: ignore[arg-type]
+    assert {row["method"] for row in again.asked} == {"eszsl"}
+    changed = spec_of(data, PLAN.replace("gamma: 1", "gamma: 2"))
+    third = FakeClient()
+    run(third, changed, data, Results(data / "out"))  # type: ignore[arg-type]
+    assert [row["params"] for row in third.asked] == [{"gamma": 2}] * 12
+
+
+def test_tables_show_mean_and_spread_what_failed_and_the_papers_numbers(data: Path) -> None:
+    spec, client, results = spec_of(data), FakeClient(), Results(data / "out")
+    client.refuses = "eszsl"
+    run(client, spec, data, results)  # type: ignore[arg-type]
+    text = write_tables(spec, data, results, PAPER)
+    t1, h = text.split("**H, %**")
+    assert "| | birds, attributes | birds, words | fish, attributes |" in t1
+    assert "| VGSE, SJE | 15.0 ± 5.0 [61.2] | 15.0 ± 5.0 [61.2] | 15.0 ± 5.0 |" in t1
+    assert "| raw, ESZSL | failed | failed | failed |" in t1
+    assert "| raw, SJE | 15.0 ± 5.0 [7.0] |" in h
+    assert (data / "out" / "table.md").read_text() == text
+    with (data / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    assert {row["error"] for row in rows if row["classifier"] == "ESZSL"} == {"No such luck."}
+    assert rows[0]["t1"] == "0.1"
+    del results.rows[cell_key(spec, next(iter(cells(spec, data))))]
+    assert "20.0 (1 of 2 seeds)" in write_tables(spec, data, results, PAPER)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("title: A small one", ""), "title: Field required"),
+        (("seeds: [0, 1]", "seeds: []"), "seeds"),
+        (("{method: sje}", "{methode: sje}"), "classifiers/SJE/method"),
+        (("datasets:", "datasets: ["), "no readable YAML"),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(data: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(UnseenError, match=message):
+        spec_of(data, PLAN.replace(*change))
+
+
+def test_missing_folders_and_knowledge_are_named(data: Path) -> None:
+    with pytest.raises(UnseenError, match=r"no folder .*whales"):
+        list(cells(spec_of(data, PLAN.replace("  birds:", "  whales:")), data))
+    with pytest.raises(UnseenError, match=r"'fish' has no knowledge 'sounds'; there is attributes"):
+        list(cells(spec_of(data, PLAN.replace("[attributes]}", "[sounds]}")), data))
+
+
+def test_features_without_their_archive_say_what_to_fetch(data: Path) -> None:
+    (data / "AWA2").mkdir()
+    (data / "AWA2" / "att_splits.mat").write_bytes(b"")
+    spec = spec_of(data, "title: t\ndatasets: {AWA2: }\nclassifiers: {SJE: {method: sje}}\nseeds: [0]")
+    results = Results(data / "out")
+    assert [cell.knowledge for cell in cells(spec, data)] == ["att"]
+    assert run(FakeClient(), spec, data, results) == 1  # type: ignore[arg-type]
+    assert "xlsa17.zip" in next(iter(results.rows.values()))["error"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_plans_of_this_repository_can_be_read(path: Path) -> None:
+    from models.catalog import get_method
+
+    for classifier in read_spec(path).classifiers.values():
+        get_method(classifier.method, "classifier").params.model_validate(classifier.params)
