@@ -23,10 +23,21 @@ from service.idempotency import Idempotency
 from service.inference_client import InferenceClient
 from service.middleware import Gate
 from service.openapi import openapi_document
-from service.routes import classifiers, classify, datasets, embedding_sets, embeddings, jobs, knowledge, system, uploads
+from service.routes import (
+    classifiers,
+    classify,
+    datasets,
+    embedding_sets,
+    embeddings,
+    infer,
+    jobs,
+    knowledge,
+    system,
+    uploads,
+)
 
 DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
-ROUTERS = (datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, jobs, system)
+ROUTERS = (datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, infer, jobs, system)
 
 
 def make_parts(settings: Settings) -> Parts:

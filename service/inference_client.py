@@ -45,9 +45,12 @@ class InferenceClient:
         return await self._send("POST", "/relate", dumps(body))
 
     async def classify(self, options: dict[str, Any], images: Sequence[bytes]) -> dict[str, Any]:
-        """Predictions. The body is the options (length as 4 bytes, JSON), then the images' bytes, untouched."""
-        header = dumps({**options, "sizes": [len(image) for image in images]})
-        return await self._send("POST", "/classify", b"".join([len(header).to_bytes(4, "little"), header, *images]))
+        """Predictions for images."""
+        return await self._send("POST", "/classify", _body(options, images))
+
+    async def infer(self, options: dict[str, Any], images: Sequence[bytes]) -> dict[str, Any]:
+        """Similar and dissimilar classes of images."""
+        return await self._send("POST", "/infer", _body(options, images))
 
     async def _send(self, method: str, path: str, content: bytes) -> dict[str, Any]:
         try:
@@ -67,6 +70,12 @@ class InferenceClient:
         except orjson.JSONDecodeError:
             raise _unusable() from None
         return answer
+
+
+def _body(options: dict[str, Any], images: Sequence[bytes]) -> bytes:
+    """The options (length as 4 bytes, JSON), then the images' bytes, untouched."""
+    header = dumps({**options, "sizes": [len(image) for image in images]})
+    return b"".join([len(header).to_bytes(4, "little"), header, *images])
 
 
 def _error_of(response: httpx.Response) -> ServiceError:

@@ -343,6 +343,7 @@ class ImageResult(BaseModel):
     predictions: list[Prediction]
     error: str | None = None
     explanation: dict[str, Any] | None = None
+    abstained: bool = Field(False, description="The best probability is below the request's min_score.")
 
 
 class ClassifyOut(BaseModel):
@@ -352,6 +353,24 @@ class ClassifyOut(BaseModel):
     scope: Literal["unseen", "seen", "all"]
     gamma: float
     data: list[ImageResult]
+
+
+class Relatives(BaseModel):
+    """The known classes one image is like and unlike, by cosine, the strongest first; or why it could not be read."""
+
+    index: int
+    filename: str | None
+    similar: list[Prediction]
+    dissimilar: list[Prediction]
+    error: str | None = None
+
+
+class InferOut(BaseModel):
+    """Relatives of each image, in the order sent."""
+
+    classifier_id: str
+    tau: float
+    data: list[Relatives]
 
 
 # ---- jobs, methods, system --------------------------------------------------------------------

@@ -39,6 +39,7 @@ class FakeInference:
                 Route("/lookup", self._lookup, methods=["POST"]),
                 Route("/relate", self._relate, methods=["POST"]),
                 Route("/classify", self._classify, methods=["POST"]),
+                Route("/infer", self._infer, methods=["POST"]),
             ]
         )
 
@@ -71,15 +72,27 @@ class FakeInference:
         ]
         return self.answer or _json({"classes": classes})
 
+    async def _infer(self, request: Request) -> Response:
+        options, images = self._images("infer", await request.body())
+        results = []
+        for image in images:
+            found = _predictions(image, {**options, "explain": False})
+            results.append({"similar": found.pop("predictions"), "dissimilar": [], **found})
+        return self.answer or _json({"results": results})
+
     async def _classify(self, request: Request) -> Response:
-        raw = await request.body()
-        length = int.from_bytes(raw[:4], "little")
-        options = self._noted("classify", raw[4 : 4 + length])
-        results, start = [], 4 + length
-        for size in options["sizes"]:
-            results.append(_predictions(raw[start : start + size], options))
-            start += size
+        options, images = self._images("classify", await request.body())
+        results = [_predictions(image, options) for image in images]
         return self.answer or _json({"gamma": options["gamma"] or 0.0, "results": results})
+
+    def _images(self, kind: str, raw: bytes) -> tuple[dict[str, Any], list[bytes]]:
+        length = int.from_bytes(raw[:4], "little")
+        options = self._noted(kind, raw[4 : 4 + length])
+        images, start = [], 4 + length
+        for size in options["sizes"]:
+            images.append(raw[start : start + size])
+            start += size
+        return options, images
 
     def _noted(self, kind: str, raw: bytes) -> dict[str, Any]:
         body: dict[str, Any] = orjson.loads(raw)

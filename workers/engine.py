@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,17 @@ from models.embedding.extraction import FLOAT16_MAX, decoded_side
 from models.embedding.patches import cut_patches, patch_boxes
 from models.errors import UnreadableImage
 from models.params import PatchParams
-from workers.predictions import FeatureExtractor, ImageError, Prediction, Resident, Scope, competing, rank
+from workers.predictions import (
+    FeatureExtractor,
+    ImageError,
+    Prediction,
+    Relatives,
+    Resident,
+    Scope,
+    competing,
+    rank,
+    relate,
+)
 
 __all__ = ["Engine", "EngineBusy", "EngineClosed", "EngineStats", "ImageError", "Prediction", "Resident"]
 
@@ -54,10 +65,10 @@ class _Request:
 
     backbone: FeatureExtractor
     size: int
-    finish: Callable[[FloatArray], Sequence[list[Prediction]]]
+    finish: Callable[[FloatArray], Sequence[Any]]
     rows: list[FloatArray | ImageError | None]
     n_left: int
-    future: Future[list[Answer]] = field(default_factory=Future)
+    future: Future[list[Any]] = field(default_factory=Future)
 
     def give_up(self) -> bool:
         """Whether nobody waits for the answer any more."""
@@ -145,13 +156,25 @@ class Engine:
         spares the images that have not run yet.
         """
         classes = competing(resident, scope, class_names)
-        request = _Request(
-            resident.backbone,
-            resident.size,
-            lambda features: rank(resident, features, classes, k=top_k, gamma=gamma),
-            [None] * len(images),
-            len(images),
-        )
+        return self._submit(resident, images, lambda rows: rank(resident, rows, classes, k=top_k, gamma=gamma))
+
+    def infer(
+        self,
+        resident: Resident,
+        images: Sequence[bytes],
+        *,
+        tau: float = 0.0,
+        top_k: int = 10,
+        class_names: Sequence[str] | None = None,
+    ) -> list[Relatives | ImageError]:
+        """For each image file the classes that it is most like and most unlike, or why it could not be read."""
+        classes = competing(resident, "all", class_names)
+        return self._submit(resident, images, lambda rows: relate(resident, rows, classes, tau=tau, k=top_k)).result()
+
+    def _submit(
+        self, resident: Resident, images: Sequence[bytes], finish: Callable[[FloatArray], Sequence[Any]]
+    ) -> Future[list[Any]]:
+        request = _Request(resident.backbone, resident.size, finish, [None] * len(images), len(images))
         if not images:
             request.future.set_result([])
             return request.future
@@ -310,7 +333,7 @@ def _forward(batch: Sequence[_Ready]) -> FloatArray:
     return np.asarray(features.to(torch.float16).cpu().numpy(), np.float32)
 
 
-def _answers(request: _Request) -> list[Answer]:
+def _answers(request: _Request) -> list[Any]:
     rows = [row for row in request.rows if isinstance(row, np.ndarray)]
     ranked = iter(request.finish(np.stack(rows)) if rows else ())
     return [row if isinstance(row, ImageError) else next(ranked) for row in request.rows if row is not None]

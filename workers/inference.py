@@ -78,10 +78,26 @@ class Inference:
         )
         gamma = competing.resident.gamma if options["gamma"] is None else float(options["gamma"])
         answers = await run_in_threadpool(
-            self.engine.classify, competing.resident, images, top_k=options["top_k"], gamma=gamma
+            self.engine.classify,
+            competing.resident,
+            images,
+            class_names=competing.names,
+            top_k=options["top_k"],
+            gamma=gamma,
         )
         results = [_result(answer, competing.provenance if options["explain"] else None) for answer in answers]
         return _json({"gamma": gamma, "results": results})
+
+    async def infer(self, request: Request) -> Response:
+        """What images of classes that nobody has described are like."""
+        options, images = split_body(await request.body())
+        competing = await run_in_threadpool(
+            self.library.competing, options["classifier_id"], "all", options["class_names"]
+        )
+        found = await run_in_threadpool(
+            self.engine.infer, competing.resident, images, tau=options["tau"], top_k=options["top_k"]
+        )
+        return _json({"results": [_relatives(answer) for answer in found]})
 
 
 def split_body(body: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -105,6 +121,15 @@ def _result(answer: Any, provenance: dict[str, dict[str, Any]] | None) -> dict[s
         return {"predictions": predictions}
     explained = {p.label: provenance[p.label] for p in answer if p.label in provenance}
     return {"predictions": predictions, "explanation": {"provenance": explained}}
+
+
+def _relatives(answer: Any) -> dict[str, Any]:
+    if isinstance(answer, ImageError):
+        return {"similar": [], "dissimilar": [], "error": answer.reason}
+    return {
+        side: [{"label": p.label, "score": p.score, "seen": p.seen} for p in getattr(answer, side)]
+        for side in ("similar", "dissimilar")
+    }
 
 
 def _json(value: Any) -> Response:
@@ -151,6 +176,7 @@ def create_inference_app(settings: Settings) -> Starlette:
         ("POST", "/lookup", inference.lookup),
         ("POST", "/relate", inference.relate),
         ("POST", "/classify", inference.classify),
+        ("POST", "/infer", inference.infer),
     )
     return Starlette(
         routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes],

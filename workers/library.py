@@ -45,10 +45,14 @@ class NewClass:
 
 @dataclass(frozen=True)
 class Competing:
-    """A classifier with the classes that compete in one request, and what is known of their origin."""
+    """A classifier with the classes that compete in one request, and what is known of their origin.
+
+    names: those that compete, where the resident knows more: its scores then depend on all it knows.
+    """
 
     resident: Resident
     provenance: dict[str, dict[str, Any]]
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ class Library:
         if not names:
             raise InvalidInput(f"The classifier has no {scope} classes.", field="scope")
         embeddings, is_seen, origin = found
+        if resident.classifier.is_joint:
+            return _among_all(resident, table, names, embeddings, is_seen, origin)
         asked = dataclasses.replace(resident, class_names=tuple(names), embeddings=embeddings, is_seen=is_seen)
         return Competing(asked, origin)
 
@@ -242,6 +248,27 @@ class Library:
             origin = {c.name: c.provenance for c in used}
         position = {normalize_class_name(name): i for i, name in enumerate(names)}
         return _ClassTable(names, embeddings, is_seen, origin, position)
+
+
+def _among_all(
+    resident: Resident,
+    table: _ClassTable,
+    names: Sequence[str],
+    embeddings: FloatArray,
+    is_seen: np.ndarray[Any, Any],
+    origin: dict[str, dict[str, Any]],
+) -> Competing:
+    """The named classes among all that the classifier knows: it is then trained once, not for every choice of them."""
+    positions = [table.position.get(normalize_class_name(name)) for name in names]
+    new = [i for i, position in enumerate(positions) if position is None]
+    asked = dataclasses.replace(
+        resident,
+        class_names=(*table.names, *(names[i] for i in new)),
+        embeddings=np.concatenate([table.embeddings, embeddings[new]]),
+        is_seen=np.concatenate([table.is_seen, is_seen[new]]),
+    )
+    spelled = (name if p is None else table.names[p] for name, p in zip(names, positions, strict=True))
+    return Competing(asked, origin, tuple(spelled))
 
 
 def _rows(

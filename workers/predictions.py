@@ -54,6 +54,14 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Relatives:
+    """What an image of a class that nobody has described is like: `score` is the cosine, the strongest first."""
+
+    similar: tuple[Prediction, ...]
+    dissimilar: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True)
 class ImageError:
     """An image that could not be classified; the others of its request were."""
 
@@ -95,3 +103,20 @@ def rank(
         [Prediction(resident.class_names[classes[c]], float(row[c]), bool(is_seen[c])) for c in best]
         for row, best in zip(probabilities, top_k(scores, k), strict=True)
     ]
+
+
+def relate(resident: Resident, features: FloatArray, classes: IntArray, *, tau: float, k: int) -> list[Relatives]:
+    """The `k` most similar and dissimilar of `classes` for each row: cosine from `tau` up, and below (PSR, 4.5)."""
+    scores = resident.classifier.scores(features, resident.embeddings[classes])
+
+    def told(row: FloatArray, chosen: IntArray) -> tuple[Prediction, ...]:
+        return tuple(
+            Prediction(resident.class_names[classes[c]], float(row[c]), bool(resident.is_seen[classes[c]]))
+            for c in chosen[:k]
+        )
+
+    found = []
+    for row, order in zip(scores, np.argsort(-scores, axis=1, kind="stable"), strict=True):
+        n_similar = int((row >= tau).sum())
+        found.append(Relatives(told(row, order[:n_similar]), told(row, order[n_similar:][::-1])))
+    return found

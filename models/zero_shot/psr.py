@@ -18,15 +18,12 @@ no O3. Letters in trailing comments: B images of a step, C classes, D features, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.base import FloatArray
 from models.classifier_params import PSRParams
 from models.params import Params
 from models.zero_shot.gradient import GradientModel, TrainingData
@@ -64,14 +61,6 @@ class EncoderDecoder(nn.Module):
         return (embeddings - self.mean) / self.deviation
 
 
-@dataclass(frozen=True)
-class SemanticInference:
-    """What one image of an unknown class is like: (class number, s), most similar first, most dissimilar first."""
-
-    similar: tuple[tuple[int, float], ...]
-    dissimilar: tuple[tuple[int, float], ...]
-
-
 class PSR(GradientModel):
     """Encoder-decoder trained on mined tuples; scores are cosines."""
 
@@ -79,20 +68,6 @@ class PSR(GradientModel):
     params_class: ClassVar[type[Params]] = PSRParams
     params: PSRParams
     network: EncoderDecoder
-
-    def similar_classes(
-        self, features: FloatArray, class_embeddings: FloatArray, tau: float = 0.0
-    ) -> list[SemanticInference]:
-        """For images whose class has no embedding: known classes with s(f(y_c), x) >= tau, and the others (4.5).
-
-        features: raw (n_images, feature_dim). class_embeddings: (n_classes, embedding_dim), seen or not.
-        """
-        found = []
-        for row in self.scores(features, class_embeddings):
-            ranked = [(int(c), float(row[c])) for c in np.argsort(-row, kind="stable")]
-            similar = tuple(pair for pair in ranked if pair[1] >= tau)
-            found.append(SemanticInference(similar, tuple(ranked[len(similar) :][::-1])))
-        return found
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
         return EncoderDecoder(feature_dim, embedding_dim, self.params.hidden_dims, self.params.output, generator)

@@ -218,9 +218,11 @@ def class_names_of(session: Session, set_id: str) -> list[tuple[str, bool]]:
     return [(name, is_seen) for name, is_seen in session.execute(query)]
 
 
-def latest_classifier(session: Session) -> Classifier | None:
-    """The newest ready classifier."""
+def latest_classifier(session: Session, method: str | None = None) -> Classifier | None:
+    """The newest ready classifier, of a method if one is given."""
     query = select(Classifier).where(Classifier.status == "ready").order_by(Classifier.id.desc())
+    if method is not None:
+        query = query.where(Classifier.method == method)
     return session.scalars(query.limit(1)).first()
 
 

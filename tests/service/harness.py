@@ -142,12 +142,12 @@ class LiveApi:
             )
         return row.id
 
-    def classifier(self, status: str = "ready") -> str:
+    def classifier(self, status: str = "ready", method: str = "sje") -> str:
         """A classifier, as its job would leave it."""
         dataset_id = self.dataset()
         with self.parts.database.write() as session:
             row = Classifier(
-                id=new_id("classifier"), name="c", dataset_id=dataset_id, method="sje", status=status, job_id="job_x"
+                id=new_id("classifier"), name="c", dataset_id=dataset_id, method=method, status=status, job_id="job_x"
             )
             session.add(row)
         return row.id

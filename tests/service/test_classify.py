@@ -191,3 +191,12 @@ def test_no_inference_process(start_api: Callable[..., LiveApi]) -> None:
     response = api.client.post(URL, files={"images": ("a", png(1))})
     problem(response, 503, "restarts by itself")
     assert int(response.headers["retry-after"]) > 0
+
+
+def test_below_min_score_it_abstains(live_api: LiveApi, classifier: str) -> None:
+    for min_score, abstained in (("0.4", False), ("0.6", True)):  # the best is at 0.5
+        files = [("images", ("a.png", png(1))), ("images", ("b.png", b"junk"))]
+        body = checked(live_api.client.post(URL, files=files, data={"min_score": min_score}), ClassifyOut)
+        assert [item["abstained"] for item in body["data"]] == [abstained, False]
+        assert body["data"][0]["predictions"]
+    problem(live_api.client.post(f"{URL}?min_score=2", content=png(1), headers={"content-type": "image/png"}), 422)

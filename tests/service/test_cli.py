@@ -95,7 +95,7 @@ def drawing(name: str, rng: np.random.Generator) -> bytes:
 
 def test_help_names_every_command(runner: CliRunner) -> None:
     shown = runner.invoke(app, ["--help"]).output
-    wanted = "serve api worker inference embed classify doctor demo openapi version"
+    wanted = "serve api worker inference embed classify doctor demo bench openapi version"
     assert all(f"  {name} " in shown for name in wanted.split())
 
 

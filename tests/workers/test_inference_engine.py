@@ -23,7 +23,7 @@ from models.errors import InvalidInput, UnknownName
 from models.params import PatchParams
 from models.zero_shot.base import create_classifier
 from workers.engine import Engine, EngineBusy, EngineClosed, prepare_image
-from workers.predictions import ImageError, Prediction, Resident, rank
+from workers.predictions import ImageError, Prediction, Relatives, Resident, rank
 
 NAMES = ("red", "green", "blue", "grey")
 EMBEDDINGS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], np.float32)
@@ -253,6 +253,36 @@ def test_many_threads_get_their_own_answers(engine: Engine) -> None:
         thread.join(timeout=30)
     assert not wrong
     assert engine.stats().n_waiting == 0
+
+
+def test_relatives_are_split_at_tau_and_bad_images_told(engine: Engine) -> None:
+    found, broken = engine.infer(resident(), [RED, b"junk"], tau=0.5, top_k=2)
+    assert isinstance(broken, ImageError)
+    assert isinstance(found, Relatives)
+    assert [(p.label, p.seen) for p in found.similar] == [("red", True), ("grey", False)]  # both 200 / 255
+    assert [p.label for p in found.dissimilar] == ["blue", "green"]
+    assert all(p.score >= 0.5 for p in found.similar)
+    only = engine.infer(resident(), [RED], tau=0.9, class_names=["green", "grey"])[0]
+    assert isinstance(only, Relatives)
+    assert (only.similar, [p.label for p in only.dissimilar]) == ((), ["green", "grey"])
+
+
+def test_a_joint_classifier_is_asked_about_all_its_classes(engine: Engine) -> None:
+    asked: list[int] = []
+
+    class Joint(Dot):
+        is_joint = True
+
+        def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+            asked.append(len(class_embeddings))
+            return super().scores(features, class_embeddings)
+
+    joint, plain = replace(resident(), classifier=Joint()), resident()
+    for class_names in (None, ["blue", "red"]):
+        assert engine.classify(joint, [RED, BLUE], class_names=class_names) == engine.classify(
+            plain, [RED, BLUE], class_names=class_names
+        )
+    assert asked == [4, 4]
 
 
 def test_features_are_those_of_the_training_extraction() -> None:

@@ -1,0 +1,113 @@
+"""Requests that bring images and options: a multipart form, or one raw image with its options in the query."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import Request
+
+from models.errors import nearest_names
+from service.core import repositories
+from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
+from service.core.tables import Classifier
+from service.deps import Parts
+from service.uploads import content_type_of, file_fields, filename_of, multipart
+
+Send = Callable[[dict[str, Any], Sequence[bytes]], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Images with the file names they came under, and the options that came with them, unchecked."""
+
+    images: list[bytes]
+    filenames: list[str | None]
+    options: dict[str, Any]
+
+
+async def read_images(request: Request, parts: Parts, given: dict[str, Any], fields: Iterable[str]) -> ImageRequest:
+    """The request's images; options of the form (`fields`) go before those `given` in the query."""
+    content_type = content_type_of(request)
+    if content_type == "multipart/form-data":
+        return await _read_form(request, parts, given, fields)
+    if content_type.startswith("image/") or content_type == "application/octet-stream":
+        data = await request.body()
+        if not data:
+            raise Invalid("The body is empty; send the bytes of one image.")
+        return ImageRequest([data], [None], given)
+    raise UnsupportedMedia(
+        "Send multipart/form-data with 'images', one image as image/*, or, where JSON is taken, {inputs, parameters}; "
+        f"not {content_type or 'a body without Content-Type'!r}."
+    )
+
+
+async def _read_form(request: Request, parts: Parts, given: dict[str, Any], fields: Iterable[str]) -> ImageRequest:
+    options = dict(given)
+    async with multipart(request, parts.settings) as form:
+        files = file_fields(form, "images", "images[]", "image", "files", "file")
+        for name in fields:
+            values = [v for v in (*form.getlist(name), *form.getlist(f"{name}[]")) if isinstance(v, str)]
+            if values:
+                options[name] = _list_field(values) if name == "class_names" else values[-1]
+        known = list(fields)
+        for name, value in form.multi_items():
+            if isinstance(value, str) and name.removesuffix("[]") not in known:
+                near = nearest_names(name, known)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise Invalid(
+                    f"There is no option {name!r}.{hint} Options are {', '.join(known)}.",
+                    problems=[Problem(f"/{name}", "unknown option")],
+                )
+        if not files:
+            raise Invalid("The form holds no images; send them in the field 'images'.")
+        if len(files) > parts.settings.max_classify_images:
+            raise TooLarge(
+                f"{len(files)} images; one request takes at most {parts.settings.max_classify_images}. Send several."
+            )
+        return ImageRequest([await file.read() for file in files], [filename_of(file) for file in files], options)
+
+
+async def ask(
+    parts: Parts, send: Send, asked: dict[str, Any], request: ImageRequest
+) -> tuple[dict[str, Any], list[Any]]:
+    """What the inference process answers, and its results in the order of the images; those too large are not sent."""
+    limit = parts.settings.max_image_bytes
+    too_large = [len(image) > limit for image in request.images]
+    sent = [b"" if refused else image for image, refused in zip(request.images, too_large, strict=True)]
+    answer = await send(asked, sent)
+    data = [
+        {"index": index, "filename": name, "error": None, **result}
+        for index, (name, result) in enumerate(zip(request.filenames, answer["results"], strict=True))
+    ]
+    for item, image, refused in zip(data, request.images, too_large, strict=True):
+        if refused:
+            item["error"] = f"The file has {len(image):,} bytes; at most {limit:,} are taken."
+    return answer, data
+
+
+def _list_field(values: Sequence[str]) -> list[str]:
+    """A list in a form: a JSON array, a repeated field, or names separated by commas."""
+    if len(values) == 1 and values[0].lstrip().startswith("["):
+        try:
+            names = orjson.loads(values[0])
+        except orjson.JSONDecodeError as error:
+            raise Invalid(f"'class_names' is no valid JSON list: {error}.") from None
+        return [str(name) for name in names]
+    return [part.strip() for value in values for part in value.split(",")] if len(values) == 1 else list(values)
+
+
+def ready_classifier_id(parts: Parts, classifier_id: str | None) -> str:
+    """The classifier asked for, or the newest; Conflict when it is not ready."""
+    with parts.database.read() as session:
+        if classifier_id is None:
+            newest = repositories.latest_classifier(session)
+            if newest is None:
+                raise NotFound("There is no ready classifier yet; train one with POST /v1/classifiers.")
+            return newest.id
+        row = repositories.get(session, Classifier, classifier_id)
+    if row.status != "ready":
+        raise Conflict(f"Classifier {row.id!r} is {row.status}; see job {row.job_id}.", retry_after_s=2)
+    return row.id
