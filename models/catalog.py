@@ -201,6 +201,16 @@ METHODS: tuple[Method, ...] = (
         "https://arxiv.org/abs/2003.07833",
     ),
     Method(
+        "sc_egg",
+        "classifier",
+        "Features of attributes by attention on feature maps, compressed; a VAE and GAN generates them.",
+        "models.zero_shot.sc_egg:SCEGG",
+        generative_params.SCEGGParams,
+        "Semantic Compression Embedding for Generative Zero-Shot Learning (IJCAI 2022)",
+        "https://doi.org/10.24963/ijcai.2022/134",
+        features="spatial",
+    ),
+    Method(
         "cada_vae",
         "classifier",
         "Aligned VAEs of features and class embeddings; classifies in their latent space.",

@@ -97,7 +97,7 @@ def test_gamma_chosen_on_validation_helps_on_test_images(name: str) -> None:
     data = made_up(noise=1.0, images=30)
     half = np.arange(len(data.train.labels)) % 2 == 0
     train, test_seen = (
-        LabelledFeatures(data.train.features[rows], data.train.labels[rows], data.train.class_names)
+        replace(data.train, features=data.train.features[rows], labels=data.train.labels[rows])
         for rows in (half, ~half)
     )
     model = create_classifier(name, quick(name)).fit(train, data.seen_embeddings, validation_classes=VALIDATION)
@@ -289,7 +289,7 @@ def test_bad_training_input_is_refused_with_the_reason(name: str) -> None:
     refused(InvalidInput, "twice", train, embeddings, validation_classes=["class 1", "class 1"])
     refused(TooFewSamples, "1 seen class", train, embeddings, validation_classes=train.class_names[1:])
     refused(TooFewSamples, "'class 3'", replace(train, labels=np.where(train.labels == 3, 2, train.labels)), embeddings)
-    empty = LabelledFeatures(train.features[:0], train.labels[:0], train.class_names)
+    empty = replace(train, features=train.features[:0], labels=train.labels[:0])
     refused(TooFewSamples, "no training images", empty, embeddings)
 
 
@@ -311,7 +311,7 @@ def test_one_image_a_class_and_constant_features_still_fit(name: str) -> None:
     keep = np.unique(DATA.train.labels, return_index=True)[1]
     features = DATA.train.features[keep].copy()
     features[:, 0] = 2.0
-    train = LabelledFeatures(features, DATA.train.labels[keep], DATA.train.class_names)
+    train = replace(DATA.train, features=features, labels=DATA.train.labels[keep])
     model = create_classifier(name, quick(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
     assert np.isfinite(model.scores(DATA.unseen.features, DATA.unseen_embeddings)).all()
 

@@ -1,0 +1,168 @@
+"""SC-EGG's semantic compression embedding network: a feature for each dimension of a class embedding, and one for all.
+
+Hong et al., "Semantic Compression Embedding for Generative Zero-Shot Learning" (IJCAI 2022,
+https://doi.org/10.24963/ijcai.2022/134). r_i: the places of a feature map; v_n: a vector for each dimension
+(attribute); phi(y): class embeddings of unit length.
+    h_n = sum_i alpha_ni r_i,  alpha_ni = softmax_i(v_n^T W_a r_i)                                        (Eq. 1)
+    e_n = h_n^T W_b v_n,  p_l = (e^T phi(y))_y                                                            (Eq. 2-3)
+    g = SC(h_1 ... h_A),  p_g = CLS_g(g)                                                                  (Eq. 4-5)
+    stage 1: L_LCE + lambda_g L_GCE, cross-entropies of p_l and p_g                                       (Eq. 6-7, 16)
+    stage 2: L_SCR = ||p_l - p_g||^2 trains SC and CLS_g alone                                            (Eq. 8, 17)
+The paper's cross-entropies run over unseen classes too, which have no images and are not known here: over seen ones.
+Letters in trailing comments: B images, A dimensions, R places, D channels, V width of v_n, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.base import OnProgress, Progress
+from models.generative_params import SCEGGParams
+from models.zero_shot.generative import Averages
+from models.zero_shot.gradient import TrainingData
+from models.zero_shot.layers import linear, perceptron
+from models.zero_shot.wgan import descend
+
+HEAD_DIM = 1024
+"""Hidden units of the classifier that the authors' code puts in CLS_g's place for stage 2."""
+
+
+class SCEN(nn.Module):
+    """Local embedding (attention) and global embedding (compression and classifier) of feature maps."""
+
+    offset: Tensor
+    width: Tensor
+
+    def __init__(
+        self, channels: int, vectors: Tensor, n_classes: int, params: SCEGGParams, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        n_dims, vector_dim = vectors.shape
+        self.channels, self.unit_places = channels, params.unit_places
+        self.vectors = nn.Parameter(functional.normalize(vectors, dim=1))
+        self.attend = nn.Parameter(torch.zeros(vector_dim, channels))  # W_a; the code's start: all places alike
+        self.embed = nn.Parameter(torch.randn(channels, vector_dim, generator=generator))  # W_b
+        self.squeeze = linear(n_dims, max(1, n_dims // 2), generator)
+        self.join = linear(max(1, n_dims // 2), 1, generator)
+        self.classifier = linear(channels, n_classes, generator)
+        # The code leaves SC and CLS_g after stage 1, for a plain mean and a new classifier.
+        self.is_averaged = False
+        self.head = perceptron([channels, HEAD_DIM, n_classes], generator, hidden=nn.LeakyReLU)
+        self.register_buffer("offset", torch.zeros(channels))
+        self.register_buffer("width", torch.ones(channels))
+
+    def look(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha (B, A, R) and h (B, A, D) of flattened maps (B, R * D)."""
+        places = maps.reshape(len(maps), -1, self.channels)  # (B, R, D)
+        if self.unit_places:
+            places = functional.normalize(places, dim=2)
+        attention = ((self.vectors @ self.attend) @ places.transpose(1, 2)).softmax(dim=2)
+        return attention, attention @ places
+
+    def semantic(self, local: Tensor) -> Tensor:
+        """e (B, A) of h (B, A, D)."""
+        return (local * (self.vectors @ self.embed.T)).sum(dim=2)
+
+    def compress(self, local: Tensor) -> Tensor:
+        """g (B, D) of h (B, A, D): a perceptron over the dimensions, the same for every channel."""
+        if self.is_averaged:
+            return local.mean(dim=1)
+        hidden = functional.leaky_relu(self.squeeze.weight @ local + self.squeeze.bias[:, None])  # (B, A / 2, D)
+        return (self.join.weight @ hidden)[:, 0] + self.join.bias
+
+    def classify(self, compressed: Tensor) -> Tensor:
+        """p_g (B, C) of g (B, D)."""
+        scores: Tensor = (self.head if self.is_averaged else self.classifier)(compressed)
+        return scores
+
+    def fit_scale(self, compressed: Tensor) -> None:
+        """Remember the range of training images' g (N, D); the generator ends in a sigmoid and wants [0, 1]."""
+        low, high = compressed.amin(dim=0), compressed.amax(dim=0)
+        self.offset.copy_(low)
+        self.width.copy_(torch.where(high > low, high - low, 1))
+
+    def scaled(self, compressed: Tensor) -> Tensor:
+        """g (B, D) as the generator sees it."""
+        return (compressed - self.offset) / self.width
+
+    def guidance(self, generated: Tensor, labels: Tensor) -> Tensor:
+        """L_SCE (Eq. 14): cross-entropy of CLS_g on generated features (B, D) in [0, 1] with labels (B,)."""
+        return functional.cross_entropy(self.classify(generated * self.width + self.offset), labels)
+
+
+def embedding_loss(network: SCEN, params: SCEGGParams, maps: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
+    """Stage 1, Eq. 16: flattened maps (B, R * D), labels (B,), unit embeddings (C, A)."""
+    local = network.look(maps)[1]
+    loss = torch.zeros((), device=maps.device)
+    if params.local_weight:
+        loss = loss + params.local_weight * functional.cross_entropy(network.semantic(local) @ embeddings.T, labels)
+    if params.global_weight:
+        scores = network.classify(network.compress(local))
+        loss = loss + params.global_weight * functional.cross_entropy(scores, labels)
+    return loss
+
+
+def consistency_loss(network: SCEN, params: SCEGGParams, maps: Tensor, embeddings: Tensor) -> Tensor:
+    """Stage 2, Eq. 17; its gradient does not reach the local embedding."""
+    with torch.no_grad():
+        local = network.look(maps)[1]
+        wanted = network.semantic(local) @ embeddings.T  # (B, C)
+    squared = (network.classify(network.compress(local)) - wanted).square()
+    return squared.mean() if params.code_compat else squared.sum(dim=1).mean()
+
+
+def train_scen(network: SCEN, params: SCEGGParams, data: TrainingData, on_progress: OnProgress) -> None:
+    """Stages 1 and 2; afterwards the network is frozen."""
+    if params.local_weight or params.global_weight:  # without both there is nothing to learn from labels
+        _run_stage(
+            "embedding",
+            params.embedding_epochs,
+            _optimizer(params, network.parameters()),
+            lambda rows: embedding_loss(network, params, data.features[rows], data.labels[rows], data.embeddings),
+            params,
+            data,
+            on_progress,
+        )
+    if params.compression_epochs:
+        network.is_averaged = params.code_compat
+        learning = [network.squeeze, network.join, network.classifier, network.head]
+        _run_stage(
+            "compression",
+            params.compression_epochs,
+            _optimizer(params, [weight for part in learning for weight in part.parameters()]),
+            lambda rows: consistency_loss(network, params, data.features[rows], data.embeddings),
+            params,
+            data,
+            on_progress,
+        )
+    network.requires_grad_(False)
+
+
+def _run_stage(
+    phase: str,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor], Tensor],
+    params: SCEGGParams,
+    data: TrainingData,
+    on_progress: OnProgress,
+) -> None:
+    n_rows, device = len(data.features), data.features.device
+    for epoch in range(1, epochs + 1):
+        averages = Averages()
+        for rows in torch.randperm(n_rows, generator=data.generator, device=device).split(params.batch_size):  # type: ignore[no-untyped-call]  # torch gives it no types
+            loss = loss_of(rows)
+            descend(optimizer, loss)
+            averages.add(loss=loss)
+        on_progress(Progress(phase, epoch, epochs, averages.means()))
+
+
+def _optimizer(params: SCEGGParams, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    rate = params.embedding_learning_rate
+    if params.code_compat:
+        return torch.optim.RMSprop(weights, lr=rate, weight_decay=1e-4, momentum=0.9)
+    return torch.optim.Adam(weights, lr=rate)
