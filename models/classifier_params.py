@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from models.params import Params
+from models.params import Params, searched
 
 
 class EpochParams(Params):
@@ -17,10 +17,14 @@ class EpochParams(Params):
 
     epochs: int = Field(100, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
     batch_size: int = Field(256, ge=1, le=65_536, description="Images a step.")
-    learning_rate: float = Field(3e-3, gt=0, le=10, description="Adam's step size.")
+    learning_rate: float = Field(
+        3e-3, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(3e-4, 3e-2, log=True)
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Adam's weight decay.")
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
-        "centered", description="Scaling of the image features."
+        "centered",
+        description="Scaling of the image features.",
+        json_schema_extra=searched(choices=("centered", "zscore", "minmax", "l2")),
     )
     early_stopping: bool = Field(True, description="Choose the epoch on validation classes, then refit on all.")
     patience: int = Field(20, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
@@ -44,32 +48,58 @@ class SJEParams(GradientParams):
         "ce", description="Cross-entropy, the VGSE code's softmax twice, or the original structured hinge."
     )
     weight_penalty: float = Field(0.0, ge=0, le=10, description="Weight of ||W||_F in the loss.")
-    scale: float = Field(1.0, gt=0, le=1000, description="Multiplies the scores before the softmax (temperature).")
+    scale: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="Multiplies the scores before the softmax (temperature).",
+        json_schema_extra=searched(0.3, 30, log=True),
+    )
 
 
 class ALEParams(GradientParams):
     """Attribute label embedding: bilinear compatibility by weighted ranking."""
 
-    margin: float = Field(1.0, gt=0, le=1000, description="By how much the right class must lead (Eq. 8: 1).")
+    margin: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="By how much the right class must lead (Eq. 8: 1).",
+        json_schema_extra=searched(0.03, 3, log=True),
+    )
 
 
 class DeViSEParams(GradientParams):
     """Deep visual-semantic embedding: bilinear compatibility by a sum of hinges."""
 
-    margin: float = Field(0.1, gt=0, le=1000, description="By how much the right class must lead (paper: 0.1).")
+    margin: float = Field(
+        0.1,
+        gt=0,
+        le=1000,
+        description="By how much the right class must lead (paper: 0.1).",
+        json_schema_extra=searched(0.01, 1, log=True),
+    )
 
 
 class LATEMParams(GradientParams):
     """Latent embeddings: the best of several bilinear maps."""
 
-    n_maps: int = Field(4, ge=1, le=100, description="K: bilinear maps; the paper chooses among 2 to 10.")
+    n_maps: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="K: bilinear maps; the paper chooses among 2 to 10.",
+        json_schema_extra=searched(2, 10),
+    )
     margin: float = Field(1.0, gt=0, le=1000, description="By how much the right class must lead (Eq. 3: 1).")
 
 
 class CMTParams(GradientParams):
     """Cross-modal transfer: regression onto class embeddings through one tanh layer."""
 
-    hidden_dim: int = Field(100, ge=1, le=65_536, description="Width of the tanh layer.")
+    hidden_dim: int = Field(
+        100, ge=1, le=65_536, description="Width of the tanh layer.", json_schema_extra=searched(30, 1000, log=True)
+    )
     novelty: bool = Field(
         False, description="CMT*: images unlikely for all seen classes go to unseen ones, all others to seen ones."
     )
@@ -81,14 +111,26 @@ class CMTParams(GradientParams):
 class GEMZSLParams(GradientParams):
     """GEM-ZSL on global features: softmax of scaled cosines."""
 
-    scale: float = Field(20.0, gt=0, le=1000, description="s, multiplies the cosine before the softmax.")
+    scale: float = Field(
+        20.0,
+        gt=0,
+        le=1000,
+        description="s, multiplies the cosine before the softmax.",
+        json_schema_extra=searched(5, 60, log=True),
+    )
 
 
 class APNParams(GradientParams):
     """Attribute prototype network on global features."""
 
     double_softmax: bool = Field(False, description="Softmax on the class probabilities again, as the code does.")
-    regression_weight: float = Field(1.0, ge=0, le=1e4, description="Weight of the attribute regression (Eq. 2).")
+    regression_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1e4,
+        description="Weight of the attribute regression (Eq. 2).",
+        json_schema_extra=searched(0.01, 100, log=True),
+    )
     decorrelation_weight: float = Field(1e-4, ge=0, le=10, description="Weight of ||V||_F in the loss.")
 
 
@@ -98,9 +140,27 @@ class PSRParams(GradientParams):
     variant: Literal["full", "B1", "B2", "B3"] = Field(
         "full", description="The method, or its baselines: B1 squared error, B2 no similar classes, B3 no decoder."
     )
-    tau: float = Field(0.0, ge=-1, lt=1, description="Classes with at least this cosine are similar.")
-    lambda1: float = Field(1.0, ge=0, le=1e4, description="Weight of O2, similar classes (Eq. 5).")
-    lambda2: float = Field(0.1, ge=0, le=1e4, description="Weight of O3, reconstruction (Eq. 5).")
+    tau: float = Field(
+        0.0,
+        ge=-1,
+        lt=1,
+        description="Classes with at least this cosine are similar.",
+        json_schema_extra=searched(-0.2, 0.4),
+    )
+    lambda1: float = Field(
+        1.0,
+        ge=0,
+        le=1e4,
+        description="Weight of O2, similar classes (Eq. 5).",
+        json_schema_extra=searched(0.1, 10, log=True),
+    )
+    lambda2: float = Field(
+        0.1,
+        ge=0,
+        le=1e4,
+        description="Weight of O3, reconstruction (Eq. 5).",
+        json_schema_extra=searched(0.01, 1, log=True),
+    )
     n_candidates: int = Field(50, ge=1, le=10_000, description="p: images drawn, of which the hardest is taken.")
     hidden_dims: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field(
         (1024,),

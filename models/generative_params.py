@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from models.classifier_params import EpochParams
+from models.params import searched
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Width = Annotated[int, Field(ge=1, le=16_384)]
@@ -23,7 +24,9 @@ class GenerativeParams(EpochParams):
         50, ge=1, le=100_000, description="Steps of the generator after which the epoch counts as over."
     )
     batch_size: int = Field(128, ge=2, le=65_536, description="Images a step.")
-    learning_rate: float = Field(1e-4, gt=0, le=10, description="Adam's step size.")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 3e-3, log=True)
+    )
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "minmax", description="Scaling of the image features."
     )
@@ -42,7 +45,13 @@ class GenerativeParams(EpochParams):
         "others), linear softmax or SVM (trained again for each set of classes), nearest class mean or nearest row by "
         "cosine.",
     )
-    shrinkage: float = Field(0.1, gt=0, le=1, description="lda: share of the identity in the covariance.")
+    shrinkage: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="lda: share of the identity in the covariance.",
+        json_schema_extra=searched(0.01, 0.9, log=True),
+    )
     final_epochs: int = Field(25, ge=1, le=1000, description="softmax: passes over real and generated features.")
     final_learning_rate: float = Field(1e-3, gt=0, le=10, description="softmax: Adam's step size.")
     svm_cost: float = Field(1.0, gt=0, le=1e4, description="svm: C, the weight of the hinge losses.")
@@ -66,7 +75,13 @@ class FCLSWGANParams(GANParams):
 class FVAEGANParams(GANParams):
     """Feature-generating VAE and GAN with one decoder, inductive."""
 
-    gan_weight: float = Field(10.0, ge=0, le=1e6, description="gamma, weight of the critic in the generator's loss.")
+    gan_weight: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="gamma, weight of the critic in the generator's loss.",
+        json_schema_extra=searched(0.3, 300, log=True),
+    )
 
 
 class TFVAEGANParams(FVAEGANParams):
@@ -113,21 +128,22 @@ class CADAVAEParams(GenerativeParams):
     """Aligned VAEs of features and class embeddings; the final classifier sees latents.
 
     Ramps are shares of `epochs` between which a weight grows from 0 to its full size; the authors' code: 100 epochs,
-    0-93, 21-75 and 6-22.
+    0-93, 21-75 and 6-22. With few steps, and z drawn as it should be, their weights of the KL divergences and of
+    distribution alignment leave the latents empty: both encoders agree before they have learned anything.
     """
 
     batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
-    learning_rate: float = Field(1.5e-4, gt=0, le=10, description="Adam's (amsgrad) step size.")
+    learning_rate: float = Field(5e-4, gt=0, le=10, description="Adam's (amsgrad) step size; the code: 0.00015.")
     hidden_dims: tuple[Width, Width, Width, Width] | None = Field(
         None,
         description="Hidden widths of feature encoder, feature decoder, embedding encoder and embedding decoder; none: "
         "hidden_dim each; the code: 1560, 1660, 1450, 665.",
     )
     latent_dim: int = Field(64, ge=1, le=4096, description="Width of z.")
-    kl_weight: float = Field(0.25, ge=0, le=1e4, description="beta, weight of the KL divergences.")
+    kl_weight: float = Field(0.05, ge=0, le=1e4, description="beta, weight of the KL divergences; the code: 0.25.")
     cross_weight: float = Field(2.37, ge=0, le=1e4, description="gamma, weight of cross-alignment; 0 leaves it out.")
     align_weight: float = Field(
-        8.13, ge=0, le=1e4, description="delta, weight of distribution alignment; 0 leaves it out."
+        1.0, ge=0, le=1e4, description="delta, weight of distribution alignment; 0 leaves it out; the code: 8.13."
     )
     kl_ramp: tuple[Share, Share] = Field((0.0, 0.93), description="Ramp of beta.")
     cross_ramp: tuple[Share, Share] = Field((0.21, 0.75), description="Ramp of gamma.")
@@ -140,4 +156,35 @@ class CADAVAEParams(GenerativeParams):
     )
     code_compat: bool = Field(
         False, description="Draw z as the authors' code does: deviation exp(log variance), one number for all of z."
+    )
+
+
+class SEGZSLParams(GANParams):
+    """Semantic features cut out of image features first, then a Wasserstein GAN guided by them.
+
+    Widths, rates and lengths are ours: the paper prints the weights of its losses, 4096 hidden units and the slope.
+    """
+
+    semantic_dim: int = Field(256, ge=1, le=8192, description="Width of semantic and residual features.")
+    slope: float = Field(0.02, ge=0, le=1, description="Of the leaky ReLUs below 0.")
+    decomposition_epochs: int = Field(
+        20, ge=1, le=10_000, description="Epochs of the encoders, which are trained first, of steps_per_epoch each."
+    )
+    decomposition_learning_rate: float = Field(3e-4, gt=0, le=10, description="Adam's step size for them.")
+    images_per_class: int = Field(
+        8, ge=1, le=4096, description="Images of each class in a step of the encoders: L_sim needs several."
+    )
+    guess_steps: int = Field(
+        5, ge=1, le=100, description="Steps of q(a | z_r), on which CLUB rests, for each of the encoders."
+    )
+    use_information: bool = Field(True, description="L_MI, and its part in the generator's loss (table 3).")
+    information_weight: float = Field(20.0, ge=0, le=1e4, description="lambda_s, weight of InfoNCE (Eq. 6).")
+    leak_weight: float = Field(50.0, ge=0, le=1e4, description="lambda_r, weight of CLUB (Eq. 6); 0 leaves it out.")
+    use_similarity: bool = Field(True, description="L_sim, and its part in the generator's loss (table 3).")
+    similarity_weight: float = Field(1.0, ge=0, le=1e4, description="lambda_sim, weight of L_sim (Eq. 11).")
+    residual_encoder: bool = Field(True, description="A residual feature beside the semantic one (table 4).")
+    generator_information_weight: float = Field(1.0, ge=0, le=1e4, description="lambda_G,MI (Eq. 16).")
+    generator_similarity_weight: float = Field(0.025, ge=0, le=1e4, description="lambda_G,sim (Eq. 16).")
+    representation: Literal["semantic", "image"] = Field(
+        "semantic", description="What the final classifier sees: semantic features, or whole image features (table 1)."
     )

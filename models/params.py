@@ -5,7 +5,8 @@ No torch here: the API validates requests against these classes and lists them i
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +15,23 @@ class Params(BaseModel):
     """Base of all parameter classes: immutable, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def searched(
+    low: float | None = None, high: float | None = None, *, log: bool = False, choices: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Marks a parameter as one that matters, for `search`: the range or the choices to look through."""
+    return {"search": {"choices": list(choices)} if choices else {"low": low, "high": high, "log": log}}
+
+
+def search_space(params: type[Params]) -> dict[str, dict[str, Any]]:
+    """Name -> range or choices of the parameters of a method that `search` looks through."""
+    found = {}
+    for name, field in params.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and isinstance(space := extra.get("search"), dict):
+            found[name] = dict(space)
+    return found
 
 
 class BackboneParams(Params):
@@ -144,3 +162,11 @@ class ESZSLParams(Params):
         description="Groups of seen classes that take turns as unseen while settings are chosen, the validation "
         "classes first; 1: the validation classes alone.",
     )
+
+
+class SearchParams(Params):
+    """Search for a classifier's parameters on validation classes; those given in `params` stay as they are."""
+
+    trials: int = Field(20, ge=1, le=1000, description="At most this many settings; the defaults are the first.")
+    seconds: float = Field(600.0, gt=0, le=7 * 86_400, description="No trial is begun after this time.")
+    metric: Literal["h", "t1"] = Field("h", description="What counts, on seen classes treated as unseen.")

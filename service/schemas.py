@@ -7,7 +7,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from models.params import BackboneParams, EmbeddingSetParams, ScratchParams
+from models.params import BackboneParams, EmbeddingSetParams, ScratchParams, SearchParams
 from service.json import storable_json
 
 Item = TypeVar("Item")
@@ -286,8 +286,11 @@ class ClassifierCreate(Body):
     seen_classes: list[str] | None = Field(None, description="Default: the embedding set's.")
     unseen_classes: list[str] | None = Field(None, description="Default: the embedding set's.")
     validation_classes: list[str] | None = Field(None, description="Default: the embedding set's, else a seeded fifth.")
-    method: str = Field("sje", max_length=64, description="sje or eszsl; see GET /v1/methods.")
+    method: str = Field("sje", max_length=64, description="See GET /v1/methods.")
     params: dict[str, Any] = Field(default_factory=dict, description="The method's parameters; see GET /v1/methods.")
+    search: SearchParams | None = Field(
+        None, description="Look for better parameters on validation classes; those in params stay."
+    )
     backbone: BackboneParams | None = Field(None, description="Default: the embedding set's.")
     scratch: ScratchParams | None = Field(None, description="How a backbone with weights=scratch is trained.")
     image_size: int | None = Field(None, ge=16, le=1024, description="Side images are resized to; default: the set's.")

@@ -10,15 +10,17 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 from sqlalchemy.orm import Session
 
-from models.base import FloatArray, LabelledFeatures
+from models.base import FloatArray, LabelledFeatures, OnProgress
 from models.catalog import get_method
 from models.data.splits import choose_validation_classes
 from models.embedding.class_embedder import ClassEmbedder
 from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
 from models.knowledge.base import require
-from models.params import BackboneParams, EmbeddingSetParams, ScratchParams
-from models.zero_shot.base import EmbeddingsOf, create_classifier
+from models.params import BackboneParams, EmbeddingSetParams, Params, ScratchParams, SearchParams
+from models.zero_shot.base import create_classifier
+from models.zero_shot.checks import EmbeddingsOf
+from models.zero_shot.search import search_params
 from service.core import repositories
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
@@ -67,20 +69,32 @@ def train_classifier(context: TaskContext) -> Publisher:
     request = inputs.row.request
     seed_everything(request["seed"])
     device = choose_device(context.settings.device)
-    context.progress.set_phases(PHASES)
+    searching = SearchParams.model_validate(request["search"]) if request.get("search") else None
+    context.progress.set_phases([*PHASES[:2], ("search", 2.0), *PHASES[2:]] if searching else PHASES)
     embeddings, warnings = _class_embeddings(context, inputs)
     tables = _features(context, inputs, device)
     validation = _validation_classes(inputs)
     params = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
+    learned_from = (tables.train, embeddings[: len(inputs.seen)])
+    chosen_on: dict[str, Any] = {
+        "validation_classes": validation,
+        "validation_embeddings": _embeddings_as_unseen(context, inputs),
+    }
+    search: dict[str, Any] = {}
+    if searching is not None:
+
+        def assess(candidate: Params, on_progress: OnProgress) -> dict[str, Any]:
+            model = create_classifier(inputs.row.method, candidate, seed=request["seed"], device=device)
+            return model.assess(*learned_from, **chosen_on, on_progress=on_progress)
+
+        fixed = set(request["search_fixed"])
+        found = search_params(params, fixed, assess, searching, seed=request["seed"], on_progress=context.progress)
+        params = found.params
+        search = {"search": {"trials": found.trials, "reason": found.reason}}
     model = create_classifier(inputs.row.method, params, seed=request["seed"], device=device)
-    model.fit(
-        tables.train,
-        embeddings[: len(inputs.seen)],
-        validation_classes=validation,
-        validation_embeddings=_embeddings_as_unseen(context, inputs),
-        on_progress=context.progress,
-    )
+    model.fit(*learned_from, **chosen_on, on_progress=context.progress)
     metrics: dict[str, Any] = {
+        **search,
         "validation": model.validation_,
         "history": model.history_,
         "best_epoch": model.best_epoch_,
@@ -108,13 +122,14 @@ def train_classifier(context: TaskContext) -> Publisher:
     model.save(directory)
     files = put_directory(context, directory) | tables.files
     files[CLASSES_FILE] = context.store.put_bytes(save_safetensors({"embeddings": embeddings}))
-    return _publisher(inputs, files, metrics)
+    return _publisher(inputs, files, metrics, params)
 
 
-def _publisher(inputs: Inputs, files: dict[str, str], metrics: dict[str, Any]) -> Publisher:
+def _publisher(inputs: Inputs, files: dict[str, str], metrics: dict[str, Any], params: Params) -> Publisher:
     def publish(session: Session) -> dict[str, Any]:
         row = repositories.get(session, Classifier, inputs.row.id)
         row.status, row.artifacts, row.metrics = "ready", files, metrics
+        row.params = params.model_dump(mode="json")
         href = f"/v1/classifiers/{row.id}"
         shown = {name: {k: part[k] for k in keys} for name, keys in _HEADLINES if (part := metrics.get(name))}
         return {"kind": "classifier", "id": row.id, "href": href, **shown}

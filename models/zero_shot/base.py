@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,12 +25,12 @@ from models.errors import InvalidInput, NotFitted, ShapeMismatch, TooFewSamples
 from models.evaluation import zsl_report
 from models.params import Params
 from models.zero_shot.calibration import Calibration, FoldScores, calibrate
+from models.zero_shot.checks import EmbeddingsOf, as_unseen, checked, positions, unit_embeddings
 from models.zero_shot.folds import Rows, class_folds, held_out_slice
-from models.zero_shot.scaling import FeatureScaling, Scaling, unit_rows
+from models.zero_shot.scaling import FeatureScaling, Scaling
 
 Setting = dict[str, float]
 History = list[dict[str, float]]
-EmbeddingsOf = Callable[[Sequence[str]], FloatArray]
 
 _FORMAT = 1
 _WEIGHTS, _MANIFEST = "model.safetensors", "manifest.json"
@@ -113,15 +113,8 @@ class ZeroShotModel(ABC):
         Raises ShapeMismatch, InvalidInput, TooFewSamples; lets `Cancelled` from `on_progress` pass.
         """
         self._fitted = False
-        raw, embeddings = _checked(features, class_embeddings)
+        raw, embeddings, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
         names = features.class_names
-        held_classes = _positions(names, validation_classes)
-        is_table = validation_embeddings is not None and not callable(validation_embeddings)
-        n_folds = 1 if is_table else int(getattr(self.params, "folds", 1))
-        folds = [
-            (fold, _as_unseen(embeddings, fold, names, validation_embeddings))
-            for fold in class_folds(len(names), held_classes, n_folds, self.seed)
-        ]
         setting, tried, calibration = self._choose(raw, features.labels, names, folds, on_progress)
         self._scaling = FeatureScaling(self._scaling_kind()).fit(raw)
         rows = Rows(self._scaling(raw), features.labels, embeddings)
@@ -137,6 +130,20 @@ class ZeroShotModel(ABC):
         self._fitted = True
         return self
 
+    def assess(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        *,
+        validation_classes: Sequence[str],
+        validation_embeddings: FloatArray | EmbeddingsOf | None = None,
+        on_progress: OnProgress = ignore_progress,
+    ) -> dict[str, Any]:
+        """What `fit` would report as validation_, without learning from all seen classes in the end."""
+        raw, _, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+        _, _, calibration = self._choose(raw, features.labels, features.class_names, folds, on_progress)
+        return calibration.report
+
     def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
         """Compatibility (n_images, n_classes), float32, of raw features with any classes' embeddings; no refit."""
         if not self._fitted:
@@ -147,7 +154,7 @@ class ZeroShotModel(ABC):
         if not np.isfinite(features).all():
             bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
             raise InvalidInput(f"The features of image {bad} hold NaN or infinite values. Remove or repair that row.")
-        embeddings = _unit_embeddings(class_embeddings)
+        embeddings = unit_embeddings(class_embeddings)
         if embeddings.shape[1] != self._dims[1]:
             raise ShapeMismatch(
                 f"class_embeddings {embeddings.shape} must be (n_classes, {self._dims[1]}), as in training."
@@ -199,6 +206,28 @@ class ZeroShotModel(ABC):
         return model
 
     # -- shared work ---------------------------------------------------------------------------------------------------
+
+    def _prepared(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        validation_classes: Sequence[str],
+        validation_embeddings: FloatArray | EmbeddingsOf | None,
+    ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
+        """Checked features and unit embeddings; of each fold its classes, and all embeddings while these are unseen."""
+        raw, embeddings = checked(features, class_embeddings)
+        names = features.class_names
+        held_classes = positions(names, validation_classes)
+        is_table = validation_embeddings is not None and not callable(validation_embeddings)
+        n_folds = 1 if is_table else int(getattr(self.params, "folds", 1))
+        return (
+            raw,
+            embeddings,
+            [
+                (fold, as_unseen(embeddings, fold, names, validation_embeddings))
+                for fold in class_folds(len(names), held_classes, n_folds, self.seed)
+            ],
+        )
 
     def _choose(
         self,
@@ -286,74 +315,6 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise InvalidInput(f"{_MANIFEST} is not of format {_FORMAT}. Save the classifier again with this version.")
     return manifest
-
-
-def _checked(features: LabelledFeatures, class_embeddings: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Float32 features and unit embeddings, or an error that says what does not fit."""
-    raw, labels = np.asarray(features.features, np.float32), features.labels
-    if raw.ndim != 2 or labels.shape != (len(raw),):
-        raise ShapeMismatch(f"features {raw.shape} and labels {labels.shape} must be one row and one label an image.")
-    if len(raw) == 0:
-        raise TooFewSamples("There are no training images. Give images of at least 2 seen classes.")
-    if not np.isfinite(raw).all():
-        raise InvalidInput("The training features hold NaN or infinite values. Remove or repair those rows.")
-    if labels.min() < 0 or labels.max() >= len(features.class_names):
-        raise InvalidInput(
-            f"Labels must lie in 0..{len(features.class_names) - 1}, not {labels.min()}..{labels.max()}."
-        )
-    embeddings = _unit_embeddings(class_embeddings)
-    if len(embeddings) != len(features.class_names):
-        raise ShapeMismatch(f"{len(embeddings)} class embeddings for {len(features.class_names)} seen classes.")
-    empty = np.setdiff1d(np.arange(len(embeddings)), labels)
-    if len(empty):
-        shown = ", ".join(repr(features.class_names[i]) for i in empty[:5])
-        raise TooFewSamples(
-            f"{len(empty)} seen class(es) have no training image: {shown}. Add images or leave them out."
-        )
-    return raw, embeddings
-
-
-def _unit_embeddings(class_embeddings: FloatArray) -> FloatArray:
-    """Float32 rows of unit length: the papers' convention, and it makes seen and unseen scores comparable."""
-    embeddings = np.asarray(class_embeddings, np.float32)
-    if embeddings.ndim != 2 or 0 in embeddings.shape:
-        raise ShapeMismatch(f"class_embeddings must be (n_classes, embedding_dim), not {embeddings.shape}.")
-    length = np.linalg.norm(embeddings, axis=1)
-    bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
-    if len(bad):
-        raise InvalidInput(f"Class embedding {bad[0]} is zero or not finite; so are {len(bad) - 1} more. Repair them.")
-    return unit_rows(embeddings)
-
-
-def _positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:
-    """Index of each of `chosen` in `names`; each must be there, once."""
-    index = {name: i for i, name in enumerate(names)}
-    unknown = [name for name in chosen if name not in index]
-    if unknown:
-        raise InvalidInput(
-            f"Validation class {unknown[0]!r} is none of the seen classes. Choose validation classes among those.",
-            field="validation_classes",
-        )
-    if len(set(chosen)) != len(chosen):
-        raise InvalidInput("A validation class is named twice.", field="validation_classes")
-    return np.array([index[name] for name in chosen], np.int64)
-
-
-def _as_unseen(
-    embeddings: FloatArray, fold: IntArray, names: Sequence[str], given: FloatArray | EmbeddingsOf | None
-) -> FloatArray:
-    """All classes' embeddings, those of the `fold` replaced by what they would be without images, where `given`."""
-    if given is None or len(fold) == 0:
-        return embeddings
-    rows = _unit_embeddings(given([names[c] for c in fold]) if callable(given) else given)
-    if rows.shape != (len(fold), embeddings.shape[1]):
-        raise ShapeMismatch(
-            f"validation_embeddings {rows.shape} must be {(len(fold), embeddings.shape[1])}.",
-            field="validation_embeddings",
-        )
-    replaced = embeddings.copy()
-    replaced[fold] = rows
-    return replaced
 
 
 def mean_history(histories: list[History]) -> History:

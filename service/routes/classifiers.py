@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from models.catalog import get_method
 from models.errors import UnknownName
 from models.knowledge.names import normalize_class_name
+from models.params import search_space
 from service.core import jobs, repositories
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
@@ -98,7 +99,25 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
         if body.scratch is not None and (body.backbone is None or body.backbone.weights != "scratch"):
             plan.add("/scratch", "Nothing is trained from scratch: give a 'backbone' with weights 'scratch', too.")
     plan_validation(plan, body.validation_classes, "/validation_classes")
+    if body.search is not None:
+        _plan_search(plan, body)
     return plan, params
+
+
+def _plan_search(plan: Plan, body: ClassifierCreate) -> None:
+    """There is something to search, and something to search on."""
+    if body.validation_classes == [] or (body.validation_classes is None and 0 < len(plan.seen_classes) < 4):
+        plan.add("/search", "A search needs validation classes: name some, or give at least 4 seen classes.")
+    try:
+        space = search_space(get_method(body.method, "classifier").params)
+    except UnknownName:
+        return  # told already
+    if not space:
+        plan.add(
+            "/search", f"{body.method!r} chooses its settings by itself; leave 'search' out."
+        )
+    elif not set(space) - set(body.params):
+        plan.add("/search", f"All that could be searched is given in 'params': {', '.join(space)}.")
 
 
 def _plan_method(plan: Plan, body: ClassifierCreate) -> dict[str, Any]:
@@ -144,6 +163,8 @@ def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, 
                 "scratch": body.scratch.model_dump(mode="json") if body.scratch else None,
                 "image_size": body.image_size,
                 "evaluate": body.evaluate,
+                "search": body.search.model_dump(mode="json") if body.search else None,
+                "search_fixed": sorted(body.params),
                 "seed": body.seed,
             },
         )

@@ -88,6 +88,33 @@ def test_a_network_is_trained_from_scratch_as_asked(live_api: LiveApi, monkeypat
         assert (repositories.measured_training_rate(session, "small_cnn") or 0) > 0
 
 
+def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> None:
+    names = [f"kind {i}" for i in range(6)]
+    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
+    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
+    finish(live_api, knowledge["id"])
+    body = {
+        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
+        "knowledge_id": knowledge["resource"]["id"],
+        "unseen_classes": ["zebra"],
+        "validation_classes": names[:2],
+        "params": {"epochs": 2, "normalize": "l2", "folds": 1},
+        "search": {"trials": 3, "metric": "t1"},
+        "backbone": SMALL,
+        "image_size": 32,
+        "evaluate": False,
+    }
+    job = checked(create(live_api, body), JobOut, 202)
+    ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
+    assert ended["status"] == "succeeded", ended["error"]
+    row = checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)
+    trials = row["metrics"]["search"]["trials"]
+    assert [set(trial["params"]) for trial in trials] == [{"learning_rate", "scale"}] * 3
+    best = max(trials, key=lambda trial: trial["t1"])
+    assert {name: row["params"][name] for name in best["params"]} == best["params"]
+    assert (row["params"]["epochs"], row["params"]["normalize"]) == (2, "l2")
+
+
 @pytest.mark.parametrize(
     ("body", "pointer", "words"),
     [
@@ -106,6 +133,15 @@ def test_a_network_is_trained_from_scratch_as_asked(live_api: LiveApi, monkeypat
         ({"scratch": {"epochs": 3}}, "/scratch", "Nothing is trained from scratch"),
         ({"scratch": {"epochs": 3}, "backbone": SMALL}, "/scratch", "Nothing is trained from scratch"),
         ({"scratch": {"epochs": 0}, "backbone": SCRATCH}, "/scratch/epochs", "greater than or equal to 1"),
+        ({"search": {"trials": 0}}, "/search/trials", "greater than or equal to 1"),
+        ({"search": {}}, "/search", "needs validation classes"),
+        ({"search": {}, "validation_classes": []}, "/search", "needs validation classes"),
+        ({"search": {}, "method": "eszsl", "validation_classes": ["cow"]}, "/search", "chooses its settings by itself"),
+        (
+            {"search": {}, "params": {"learning_rate": 0.1, "scale": 2, "normalize": "l2"}},
+            "/search",
+            "All that could be searched",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_queued(

@@ -1,0 +1,82 @@
+"""What training and scoring are given, checked: an error says what does not fit and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from models.base import FloatArray, IntArray, LabelledFeatures
+from models.errors import InvalidInput, ShapeMismatch, TooFewSamples
+from models.zero_shot.scaling import unit_rows
+
+EmbeddingsOf = Callable[[Sequence[str]], FloatArray]
+"""Class names -> embeddings (n_classes, embedding_dim)."""
+
+
+def checked(features: LabelledFeatures, class_embeddings: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Float32 features and unit embeddings, or an error that says what does not fit."""
+    raw, labels = np.asarray(features.features, np.float32), features.labels
+    if raw.ndim != 2 or labels.shape != (len(raw),):
+        raise ShapeMismatch(f"features {raw.shape} and labels {labels.shape} must be one row and one label an image.")
+    if len(raw) == 0:
+        raise TooFewSamples("There are no training images. Give images of at least 2 seen classes.")
+    if not np.isfinite(raw).all():
+        raise InvalidInput("The training features hold NaN or infinite values. Remove or repair those rows.")
+    if labels.min() < 0 or labels.max() >= len(features.class_names):
+        raise InvalidInput(
+            f"Labels must lie in 0..{len(features.class_names) - 1}, not {labels.min()}..{labels.max()}."
+        )
+    embeddings = unit_embeddings(class_embeddings)
+    if len(embeddings) != len(features.class_names):
+        raise ShapeMismatch(f"{len(embeddings)} class embeddings for {len(features.class_names)} seen classes.")
+    empty = np.setdiff1d(np.arange(len(embeddings)), labels)
+    if len(empty):
+        shown = ", ".join(repr(features.class_names[i]) for i in empty[:5])
+        raise TooFewSamples(
+            f"{len(empty)} seen class(es) have no training image: {shown}. Add images or leave them out."
+        )
+    return raw, embeddings
+
+
+def unit_embeddings(class_embeddings: FloatArray) -> FloatArray:
+    """Float32 rows of unit length: the papers' convention, and it makes seen and unseen scores comparable."""
+    embeddings = np.asarray(class_embeddings, np.float32)
+    if embeddings.ndim != 2 or 0 in embeddings.shape:
+        raise ShapeMismatch(f"class_embeddings must be (n_classes, embedding_dim), not {embeddings.shape}.")
+    length = np.linalg.norm(embeddings, axis=1)
+    bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
+    if len(bad):
+        raise InvalidInput(f"Class embedding {bad[0]} is zero or not finite; so are {len(bad) - 1} more. Repair them.")
+    return unit_rows(embeddings)
+
+
+def positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:
+    """Index of each of `chosen` in `names`; each must be there, once."""
+    index = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in chosen if name not in index]
+    if unknown:
+        raise InvalidInput(
+            f"Validation class {unknown[0]!r} is none of the seen classes. Choose validation classes among those.",
+            field="validation_classes",
+        )
+    if len(set(chosen)) != len(chosen):
+        raise InvalidInput("A validation class is named twice.", field="validation_classes")
+    return np.array([index[name] for name in chosen], np.int64)
+
+
+def as_unseen(
+    embeddings: FloatArray, fold: IntArray, names: Sequence[str], given: FloatArray | EmbeddingsOf | None
+) -> FloatArray:
+    """All classes' embeddings, those of the `fold` replaced by what they would be without images, where `given`."""
+    if given is None or len(fold) == 0:
+        return embeddings
+    rows = unit_embeddings(given([names[c] for c in fold]) if callable(given) else given)
+    if rows.shape != (len(fold), embeddings.shape[1]):
+        raise ShapeMismatch(
+            f"validation_embeddings {rows.shape} must be {(len(fold), embeddings.shape[1])}.",
+            field="validation_embeddings",
+        )
+    replaced = embeddings.copy()
+    replaced[fold] = rows
+    return replaced

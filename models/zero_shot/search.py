@@ -1,0 +1,91 @@
+"""Search for the parameters of a classifier that matter, within a budget, on seen classes treated as unseen.
+
+Tree-structured Parzen estimators (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011), by
+Optuna. The first trial is the defaults, so that the search never ends below them on what it measures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.base import OnProgress, Progress
+from models.errors import InvalidInput
+from models.params import Params, SearchParams, search_space
+
+Assess = Callable[[Params, OnProgress], Mapping[str, Any]]
+"""(parameters, on_progress) -> what was measured on validation classes, `t1` and `h` among it."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best parameters, all trials (what was set, t1, h, seconds) in order, and why it ended."""
+
+    params: Params
+    trials: list[dict[str, Any]]
+    reason: str
+
+
+def search_params(
+    base: Params, fixed: set[str], assess: Assess, budget: SearchParams, *, seed: int, on_progress: OnProgress
+) -> SearchResult:
+    """The best of `base` with parameters changed; those named in `fixed` stay.
+
+    Raises InvalidInput where the method has nothing to search, or all of it is fixed.
+    """
+    space = {name: around for name, around in search_space(type(base)).items() if name not in fixed}
+    if not space:
+        raise InvalidInput(
+            "There is nothing to search: the method chooses its settings by itself, or `params` gives them all.",
+            field="search",
+        )
+    study = _study(seed)
+    study.enqueue_trial({name: getattr(base, name) for name in space}, skip_if_exists=True)
+    started, trials = time.monotonic(), []
+    best, best_value, reason = base, -np.inf, f"All {budget.trials} trials were made."
+    for number in range(budget.trials):
+        trial = study.ask()
+        chosen = {name: _suggest(trial, name, around) for name, around in space.items()}
+        params = type(base).model_validate({**base.model_dump(), **chosen})
+        before = time.monotonic()
+        report = assess(params, _trial_progress(on_progress, number, budget.trials))
+        value = float(report[budget.metric] if budget.metric in report else report["t1"])
+        study.tell(trial, value)
+        found = {name: report[name] for name in ("t1", "h") if name in report}
+        trials.append({"params": chosen, **found, "seconds": round(time.monotonic() - before, 2)})
+        if value > best_value:
+            best, best_value = params, value
+        if time.monotonic() - started > budget.seconds:
+            reason = f"The budget of {budget.seconds:g} s was spent after {number + 1} of {budget.trials} trials."
+            break
+    return SearchResult(best, trials, reason)
+
+
+def _study(seed: int) -> Any:
+    import optuna  # most jobs never search, and it takes half a second
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+
+
+def _suggest(trial: Any, name: str, around: Mapping[str, Any]) -> Any:
+    if "choices" in around:
+        return trial.suggest_categorical(name, around["choices"])
+    low, high, log = around["low"], around["high"], around["log"]
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high, log=log)
+    return trial.suggest_float(name, low, high, log=log)
+
+
+def _trial_progress(on_progress: OnProgress, number: int, n_trials: int) -> OnProgress:
+    """A trial's reports as parts of one phase; they are where a job is cancelled."""
+
+    def report(progress: Progress) -> None:
+        share = progress.completed / progress.total if progress.total else 0.0
+        on_progress(Progress("search", round(100 * (number + min(share, 1.0) * 0.99)), 100 * n_trials))
+
+    return report
