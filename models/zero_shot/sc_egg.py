@@ -79,8 +79,6 @@ class SCEGG(GenerativeModel):
     ) -> Self:
         """As every classifier's. dimension_vectors (embedding_dim, V): where v_n start, as a rule word vectors of what
         the dimensions are called; without them at random vectors, from which they are learned all the same."""
-        self._fitted = False
-        self._channels = _checked_channels(features)
         self._vectors = None if dimension_vectors is None else _checked_vectors(dimension_vectors, class_embeddings)
         try:
             return super().fit(
@@ -185,6 +183,17 @@ class SCEGG(GenerativeModel):
             found[start : start + size] = self.scen.scaled(compressed).cpu().numpy()
         return found
 
+    def _prepared(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        validation_classes: Sequence[str],
+        validation_embeddings: FloatArray | EmbeddingsOf | None,
+    ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
+        prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+        self._channels = _checked_channels(features)
+        return prepared
+
     def _trial(
         self, raw: FloatArray, labels: IntArray, embeddings: FloatArray, fold: IntArray, learn_rows: IntArray
     ) -> tuple[Self, Rows, Rows, Rows]:
@@ -218,7 +227,7 @@ def _checked_channels(features: LabelledFeatures) -> int:
             "SC-EGG needs a feature map of each image, places times channels, and these features are pooled. "
             "Set `channels` to the numbers of one place, or use another method."
         )
-    if len(shape) == 2 and (channels < 1 or shape[1] % channels):
+    if channels < 1 or shape[1] % channels:
         raise ShapeMismatch(f"features {shape} are no maps: {shape[1]} is no multiple of {channels} channels.")
     return channels
 

@@ -51,7 +51,8 @@ class SCEN(nn.Module):
         self.classifier = linear(channels, n_classes, generator)
         # The code leaves SC and CLS_g after stage 1, for a plain mean and a new classifier.
         self.is_averaged = False
-        self.head = perceptron([channels, HEAD_DIM, n_classes], generator, hidden=nn.LeakyReLU)
+        dims = [channels, HEAD_DIM, n_classes]
+        self.head = perceptron(dims, generator, hidden=nn.LeakyReLU) if params.code_compat else None
         self.register_buffer("offset", torch.zeros(channels))
         self.register_buffer("width", torch.ones(channels))
 
@@ -76,7 +77,8 @@ class SCEN(nn.Module):
 
     def classify(self, compressed: Tensor) -> Tensor:
         """p_g (B, C) of g (B, D)."""
-        scores: Tensor = (self.head if self.is_averaged else self.classifier)(compressed)
+        layers = self.classifier if self.head is None or not self.is_averaged else self.head
+        scores: Tensor = layers(compressed)
         return scores
 
     def fit_scale(self, compressed: Tensor) -> None:
@@ -129,7 +131,7 @@ def train_scen(network: SCEN, params: SCEGGParams, data: TrainingData, on_progre
         )
     if params.compression_epochs:
         network.is_averaged = params.code_compat
-        learning = [network.squeeze, network.join, network.classifier, network.head]
+        learning = [network.squeeze, network.join, network.classifier] if network.head is None else [network.head]
         _run_stage(
             "compression",
             params.compression_epochs,
@@ -154,7 +156,8 @@ def _run_stage(
     n_rows, device = len(data.features), data.features.device
     for epoch in range(1, epochs + 1):
         averages = Averages()
-        for rows in torch.randperm(n_rows, generator=data.generator, device=device).split(params.batch_size):  # type: ignore[no-untyped-call]  # torch gives it no types
+        order = torch.randperm(n_rows, generator=data.generator, device=device)
+        for rows in torch.split(order, params.batch_size):
             loss = loss_of(rows)
             descend(optimizer, loss)
             averages.add(loss=loss)

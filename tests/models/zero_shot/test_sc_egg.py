@@ -1,0 +1,223 @@
+"""SC-EGG's equations against plain rewrites, what learns in which stage, and where it looks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.base import Progress, ignore_progress
+from models.errors import InvalidInput, NotFitted, ShapeMismatch
+from models.generative_params import SCEGGParams
+from models.zero_shot.gradient import TrainingData
+from models.zero_shot.sc_egg import SCEGG
+from models.zero_shot.scen import SCEN, consistency_loss, embedding_loss, train_scen
+from tests.models.zero_shot.made_up import MadeUp, made_up
+
+SMALL = {
+    "epochs": 1, "steps_per_epoch": 2, "batch_size": 16, "hidden_dim": 12, "critic_steps": 1, "embedding_epochs": 2,
+    "compression_epochs": 2, "vector_dim": 5, "embedding_learning_rate": 0.01,
+}  # fmt: skip
+LOCAL, GLOBAL = ("vectors", "attend", "embed"), ("squeeze", "join", "classifier")
+
+
+def small(**settings: object) -> SCEGGParams:
+    return SCEGGParams.model_validate({**SMALL, **settings})
+
+
+def network(params: SCEGGParams) -> SCEN:
+    """4 places of 3 channels, 4 dimensions, 2 classes; attention that differs between places."""
+    generator = torch.Generator().manual_seed(0)
+    made = SCEN(3, torch.randn(4, 5, generator=generator), 2, params, generator)
+    with torch.no_grad():
+        made.attend.copy_(torch.randn(5, 3, generator=generator))
+    return made
+
+
+def data(n_rows: int = 20) -> TrainingData:
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.nn.functional.normalize(torch.randn(2, 4, generator=generator), dim=1)
+    return TrainingData(torch.rand(n_rows, 12, generator=generator), torch.arange(n_rows) % 2, embeddings, generator)
+
+
+def plain(net: SCEN, image: list[float], params: SCEGGParams) -> tuple[list[list[float]], ...]:
+    """alpha (A x R), h (A x D), and e, g, p_g in a list each, by loops over Eq. 1, 2, 4 and 5."""
+    v, w_a, w_b = (np.asarray(part.detach().numpy(), np.float64) for part in (net.vectors, net.attend, net.embed))
+    places = [np.array(image[3 * i : 3 * i + 3]) for i in range(4)]
+    if params.unit_places:
+        places = [place / np.sqrt(sum(place**2)) for place in places]
+    alpha, h, e = [], [], []
+    for n in range(4):
+        weights = [exp(v[n] @ w_a @ place) for place in places]
+        alpha.append([weight / sum(weights) for weight in weights])
+        h.append(sum(share * place for share, place in zip(alpha[n], places, strict=True)))
+        e.append(h[n] @ w_b @ v[n])
+    one, two = (
+        (np.asarray(layer.weight.detach(), np.float64), np.asarray(layer.bias.detach(), np.float64))
+        for layer in (net.squeeze, net.join)
+    )
+    g = []
+    for channel in range(3):
+        inner = one[0] @ [h[n][channel] for n in range(4)] + one[1]
+        g.append((two[0] @ np.where(inner > 0, inner, 0.01 * inner) + two[1])[0])
+    p_g = net.classifier.weight.detach().numpy() @ g + net.classifier.bias.detach().numpy()
+    return alpha, [list(row) for row in h], [e], [g], [list(p_g)]
+
+
+def cross_entropy(scores: list[float], label: int) -> float:
+    return log(sum(exp(score) for score in scores)) - scores[label]
+
+
+@pytest.mark.parametrize("unit_places", [True, False])
+def test_equations_are_plain_sums(unit_places: bool) -> None:
+    params = small(unit_places=unit_places, global_weight=0.7)
+    net, rows = network(params), data(6)
+    attention, local = net.look(rows.features)
+    parts = attention, local, net.semantic(local)[:, None], net.compress(local)[:, None]
+    lce = gce = scr = 0.0
+    for i, image in enumerate(rows.features.tolist()):
+        alpha, h, e, g, p_g = plain(net, image, params)
+        for found, wanted in zip(parts, (alpha, h, e, g), strict=True):
+            np.testing.assert_allclose(found[i].detach(), wanted, rtol=1e-4, atol=1e-5)
+        p_l = [float(np.dot(e[0], phi)) for phi in rows.embeddings.numpy()]
+        lce += cross_entropy(p_l, i % 2) / 6
+        gce += cross_entropy(p_g[0], i % 2) / 6
+        scr += sum((a - b) ** 2 for a, b in zip(p_l, p_g[0], strict=True)) / 6
+    given = rows.features, rows.labels, rows.embeddings
+    assert embedding_loss(net, params, *given).item() == pytest.approx(lce + 0.7 * gce, rel=1e-4)
+    assert consistency_loss(net, params, rows.features, rows.embeddings).item() == pytest.approx(scr, rel=1e-4)
+    compat = small(unit_places=unit_places, code_compat=True)
+    mean = consistency_loss(net, compat, rows.features, rows.embeddings).item()
+    assert mean == pytest.approx(scr / 2, rel=1e-4)
+
+
+def test_code_s_compression_is_the_mean_and_its_classifier_a_new_one() -> None:
+    net = network(small(code_compat=True))
+    local = net.look(data().features)[1]
+    net.is_averaged = True
+    torch.testing.assert_close(net.compress(local), local.mean(dim=1))
+    assert net.head is not None
+    torch.testing.assert_close(net.classify(local[:, 0]), net.head(local[:, 0]))
+
+
+def test_guidance_sees_generated_features_on_the_scale_of_g() -> None:
+    net, rows = network(small()), data(6)
+    compressed = net.compress(net.look(rows.features)[1]).detach()
+    net.fit_scale(compressed)
+    scaled = net.scaled(compressed)
+    torch.testing.assert_close((scaled.amin(dim=0), scaled.amax(dim=0)), (torch.zeros(3), torch.ones(3)))
+    scores = net.classify(compressed).tolist()
+    wanted = sum(cross_entropy(row, i % 2) for i, row in enumerate(scores)) / 6
+    assert net.guidance(scaled, rows.labels).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def moved(**settings: object) -> set[str]:
+    """Which parts of the network stages 1 and 2 change."""
+    params = small(**settings)
+    net = network(params)
+    before = {name: weight.clone() for name, weight in net.named_parameters()}
+    train_scen(net, params, data(), ignore_progress)
+    assert not any(weight.requires_grad for weight in net.parameters())
+    return {name.split(".")[0] for name, weight in net.named_parameters() if not torch.equal(weight, before[name])}
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, {*LOCAL, *GLOBAL}),
+        ({"compression_epochs": 0}, {*LOCAL, *GLOBAL}),
+        ({"compression_epochs": 0, "global_weight": 0}, set(LOCAL)),
+        ({"global_weight": 0}, {*LOCAL, *GLOBAL}),
+        ({"local_weight": 0, "global_weight": 0}, set(GLOBAL)),
+        ({"local_weight": 0, "compression_epochs": 0}, {"vectors", "attend", *GLOBAL}),
+    ],
+)
+def test_a_loss_that_is_left_out_teaches_nothing(settings: dict[str, object], wanted: set[str]) -> None:
+    assert moved(**settings) == wanted
+
+
+def test_code_s_second_stage_trains_the_new_classifier_alone() -> None:
+    assert moved(code_compat=True, local_weight=0, global_weight=0) == {"head"}
+
+
+def test_local_embedding_is_still_in_stage_2() -> None:
+    params = small()
+    net, rows = network(params), data()
+    consistency_loss(net, params, rows.features, rows.embeddings).backward()  # type: ignore[no-untyped-call]
+    assert net.vectors.grad is net.attend.grad is net.embed.grad is None
+    assert net.squeeze.weight.grad is not None
+
+
+MADE = made_up()
+
+
+def fitted(made: MadeUp = MADE, **settings: object) -> SCEGG:
+    return SCEGG(small(**settings)).fit(made.train, made.seen_embeddings)
+
+
+def test_guidance_and_stages_are_phases_of_their_own_and_leave_the_first_network_alone() -> None:
+    seen: list[Progress] = []
+    model = SCEGG(small()).fit(MADE.train, MADE.seen_embeddings, on_progress=seen.append)
+    phases = [progress.phase for progress in seen if progress.phase != "calibrating"]
+    assert phases == ["embedding"] * 2 + ["compression"] * 2 + ["training"]
+    unguided = fitted(guidance_weight=0)
+    for name, weight in model.scen.state_dict().items():
+        assert torch.equal(weight, unguided.scen.state_dict()[name])
+
+    def generator(of: SCEGG) -> Tensor:
+        return of.network.vae.decoder[0].weight
+
+    assert not torch.equal(generator(model), generator(unguided))
+
+
+def test_attention_maps_are_shares_ranked_by_what_speaks_for_the_class() -> None:
+    made = replace(MADE, train=replace(MADE.train, channels=6))
+    model = fitted(made)
+    rows, phi = made.train.features[:3], made.seen_embeddings[[0, 1, 2]]
+    maps = model.attention(rows, 7 * phi, top=3)
+    assert (maps.local.shape, maps.whole.shape, maps.dimensions.shape) == ((3, 3, 2, 2), (3, 2, 2), (3, 3))
+    np.testing.assert_allclose(maps.local.sum(axis=(2, 3)), 1, rtol=1e-5)
+    np.testing.assert_allclose(maps.whole.sum(axis=(1, 2)), 1, rtol=1e-5)
+    attention, local = model.scen.look(torch.from_numpy(rows))
+    strengths = model.scen.semantic(local).numpy() * phi / np.linalg.norm(phi, axis=1, keepdims=True)
+    assert maps.dimensions[1].tolist() == sorted(range(8), key=lambda n: -strengths[1, n])[:3]
+    np.testing.assert_allclose(maps.strengths[1], sorted(strengths[1], reverse=True)[:3], rtol=1e-4)
+    np.testing.assert_allclose(maps.local[1, 2].ravel(), attention[1, maps.dimensions[1, 2]], rtol=1e-4)
+    with pytest.raises(ShapeMismatch, match="as in training"):
+        model.attention(rows[:2], phi)
+    with pytest.raises(NotFitted):
+        SCEGG(small()).attention(rows, phi)
+    with pytest.raises(ShapeMismatch, match="2 places are no square"):
+        fitted().attention(rows, phi)
+
+
+def test_given_vectors_are_where_learning_starts() -> None:
+    vectors = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    params = small(embedding_epochs=1, embedding_learning_rate=1e-6)
+    model = SCEGG(params).fit(MADE.train, MADE.seen_embeddings, dimension_vectors=vectors)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(model.scen.vectors.numpy(), unit, atol=1e-4)
+    for wrong in (vectors[:7], vectors[0], np.full((8, 4), np.nan, np.float32)):
+        with pytest.raises(ShapeMismatch, match="dimension_vectors"):
+            SCEGG(params).fit(MADE.train, MADE.seen_embeddings, dimension_vectors=wrong)
+
+
+def test_pooled_features_and_maps_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="these features are pooled"):
+        SCEGG(small()).fit(replace(MADE.train, channels=None), MADE.seen_embeddings)
+    with pytest.raises(ShapeMismatch, match="24 is no multiple of 7"):
+        SCEGG(small()).fit(replace(MADE.train, channels=7), MADE.seen_embeddings)
+
+
+def test_code_s_variant_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = fitted(code_compat=True)
+    model.save(tmp_path)
+    again = SCEGG.load(tmp_path)
+    assert again.scen.is_averaged
+    given = MADE.unseen.features, MADE.unseen_embeddings
+    np.testing.assert_array_equal(model.scores(*given), again.scores(*given))
