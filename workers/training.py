@@ -24,6 +24,7 @@ from models.zero_shot.search import search_params
 from service.core import repositories
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
+from workers.checkpoints import JobCheckpoints
 from workers.embedding import MAX_REPORTED, class_numbers, whole_image
 from workers.features import image_features
 from workers.imports import put_directory, read_feature_files
@@ -92,7 +93,7 @@ def train_classifier(context: TaskContext) -> Publisher:
         params = found.params
         search = {"search": {"trials": found.trials, "reason": found.reason}}
     model = create_classifier(inputs.row.method, params, seed=request["seed"], device=device)
-    model.fit(*learned_from, **chosen_on, on_progress=context.progress)
+    model.fit(*learned_from, **chosen_on, on_progress=context.progress, checkpoints=JobCheckpoints(context))
     metrics: dict[str, Any] = {
         **search,
         "validation": model.validation_,

@@ -8,6 +8,7 @@ them and the slice, the temperature by likelihood on both; then the model learns
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from models.errors import InvalidInput, NotFitted, ShapeMismatch, TooFewSamples
 from models.evaluation import zsl_report
 from models.params import Params
 from models.zero_shot.calibration import Calibration, FoldScores, calibrate
+from models.zero_shot.checkpoints import Checkpoints, Tape
 from models.zero_shot.checks import EmbeddingsOf, as_unseen, checked, positions, unit_embeddings
 from models.zero_shot.folds import Rows, class_folds, held_out_slice
 from models.zero_shot.scaling import FeatureScaling, Scaling
@@ -59,6 +61,7 @@ class ZeroShotModel(ABC):
         self.seed = seed
         self.device = device
         self._fitted = False
+        self._tape = Tape(None, "")
 
     # -- what a method writes ------------------------------------------------------------------------------------------
 
@@ -103,6 +106,7 @@ class ZeroShotModel(ABC):
         validation_classes: Sequence[str] = (),
         validation_embeddings: FloatArray | EmbeddingsOf | None = None,
         on_progress: OnProgress = ignore_progress,
+        checkpoints: Checkpoints | None = None,
     ) -> Self:
         """Learn from training images of seen classes; row i of `class_embeddings` belongs to class i of `features`.
 
@@ -110,11 +114,13 @@ class ZeroShotModel(ABC):
         validation_embeddings: what classes' embeddings would be without their images, as unseen classes have theirs:
         a function from class names to rows, asked for each fold, or the rows of the validation classes (which are
         then the only fold). Left out, their rows of `class_embeddings` stand in.
+        checkpoints: where epochs are kept; a fit of the same inputs goes on from there, to the same bits on a CPU.
         Raises ShapeMismatch, InvalidInput, TooFewSamples; lets `Cancelled` from `on_progress` pass.
         """
         self._fitted = False
         raw, embeddings, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
         names = features.class_names
+        self._tape = Tape(checkpoints, self._identity(raw, features.labels, folds) if checkpoints else "")
         setting, tried, calibration = self._choose(raw, features.labels, names, folds, on_progress)
         self._scaling = FeatureScaling(self._scaling_kind()).fit(raw)
         rows = Rows(self._scaling(raw), features.labels, embeddings)
@@ -229,6 +235,13 @@ class ZeroShotModel(ABC):
             ],
         )
 
+    def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
+        """Digest of all that decides a fit."""
+        digest = hashlib.sha256(f"{self.method} {self.params.model_dump_json()} {self.seed}".encode())
+        for array in (raw, labels, *(array for fold in folds for array in fold)):
+            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def _choose(
         self,
         raw: FloatArray,
@@ -277,6 +290,7 @@ class ZeroShotModel(ABC):
         scaling = FeatureScaling(self._scaling_kind()).fit(raw[learn_rows[~np.isin(labels[learn_rows], fold)]])
         rows = Rows(scaling(raw), labels, embeddings)
         trial = type(self)(self.params, seed=self.seed, device=self.device)
+        trial._tape = self._tape
         return trial, rows, rows.of(kept, learn_rows), rows.of(fold)
 
     def _spread(self, rows: Rows) -> float:

@@ -24,7 +24,7 @@ from models.generative_params import CADAVAEParams
 from models.params import Params
 from models.zero_shot.final import RealRows
 from models.zero_shot.folds import Rows
-from models.zero_shot.generative import PART_ROWS, Averages, GenerativeModel, batches, draw
+from models.zero_shot.generative import PART_ROWS, Averages, Batches, GenerativeModel, draw
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import perceptron
 from models.zero_shot.vaegan import kl_divergence
@@ -99,8 +99,9 @@ class CADAVAE(GenerativeModel):
         optimizer = torch.optim.Adam(
             network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, amsgrad=True
         )
-        steps = batches(len(data.features), params.batch_size, chance)
-        epoch = 0
+        steps = Batches(len(data.features), params.batch_size, chance)
+        data.run.resume(optimizer=optimizer, steps=steps)
+        epoch = len(data.run.history)
         while True:
             # Shares of the most epochs there can be, so that a refit for fewer goes the same way.
             weights = LossWeights.at(epoch / params.epochs, params)

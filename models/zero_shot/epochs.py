@@ -8,7 +8,7 @@ on all seen classes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from models.base import FloatArray, OnProgress, Progress
 from models.classifier_params import EpochParams
 from models.errors import ShapeMismatch
 from models.zero_shot.base import History, Setting, ZeroShotModel
+from models.zero_shot.checkpoints import Run
 from models.zero_shot.folds import Rows
 from models.zero_shot.scaling import Scaling
 
@@ -38,36 +39,62 @@ class EpochModel(ZeroShotModel):
         """A network with fresh weights, drawn from `generator` alone."""
 
     @abstractmethod
-    def _epochs(self, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+    def _epochs(self, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         """Make `self.network` and train it; after each epoch its number and losses, the first of them `loss`.
 
+        It begins after the epochs that `run` has seen, with all parts in the state that `run.resume` puts them in.
         `on_progress` is for what comes before the first epoch.
         """
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         epochs = int(setting["epoch"]) if setting is not None else self.params.epochs
-        history: History = []
         if self._kept is not None and self._kept.restore(self.network, train, epochs):
-            return {"epoch": float(epochs)}, history
-        for entry in self._epochs(train, epochs, on_progress):
-            on_progress(Progress("training", len(history) + 1, epochs, _metrics(entry)))
-            history.append(entry)
-        return {"epoch": float(epochs)}, history
+            return {"epoch": float(epochs)}, []
+        run = self._tape.begin()
+
+        def told(entry: dict[str, float]) -> bool:
+            on_progress(Progress("training", int(entry["epoch"]), epochs, _metrics(entry)))
+            return True
+
+        self._follow(train, run, epochs, on_progress, told)
+        return {"epoch": float(epochs)}, run.history
 
     def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
         if not self.params.early_stopping:
             return []
-        history: History = []
-        self._kept = _Snapshots(train)
-        for entry in self._epochs(train, self.params.epochs, on_progress):
+        run, epochs = self._tape.begin(), self.params.epochs
+        self._kept = kept = _Snapshots(train, run.kept)
+        curve = [entry["validation_t1"] for entry in run.history]
+
+        def may_get_better(entry: dict[str, float]) -> bool:
             entry["validation_t1"] = self._validation_t1(validation)
-            history.append(entry)
-            curve = [entry["validation_t1"] for entry in history]
-            self._kept.take(self.network, curve)
-            on_progress(Progress("choosing", len(history), self.params.epochs, _metrics(entry)))
-            if len(history) - best_epoch(curve) >= self.params.patience:
+            curve.append(entry["validation_t1"])
+            kept.take(self.network, curve)
+            on_progress(Progress("choosing", len(curve), epochs, _metrics(entry)))
+            return len(curve) - best_epoch(curve) < self.params.patience
+
+        self._follow(train, run, epochs, on_progress, may_get_better)
+        return run.history
+
+    def _follow(
+        self, train: Rows, run: Run, epochs: int, on_progress: OnProgress, after: Callable[[dict[str, float]], bool]
+    ) -> None:
+        """Train to the last epoch, or until `after` one says False; a run that ended before is taken as it is."""
+        self._begin(train)
+        if run.is_done:
+            self.network = self._make_network(train.features.shape[1], train.embeddings.shape[1], torch.Generator())
+            self.network.load_state_dict(run.network)
+            self.network.to(self.device)
+            return
+        for entry in self._epochs(train, run, epochs, on_progress):
+            if not after(entry) or len(run.history) + 1 == epochs:
+                run.history.append(entry)
                 break
-        return history
+            run.record(entry)
+        run.end({name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()})
+
+    def _begin(self, train: Rows) -> None:
+        """Take in what a method needs of its training rows beside the network."""
 
     def _pick(self, tried: list[History]) -> Setting:
         return {"epoch": float(choose_epoch([[entry["validation_t1"] for entry in history] for history in tried]))}
@@ -90,16 +117,17 @@ class EpochModel(ZeroShotModel):
 class _Snapshots:
     """Weights after the epochs that can still turn out to be the best: those need no second training."""
 
-    def __init__(self, train: Rows) -> None:
+    def __init__(self, train: Rows, weights: dict[int, Weights]) -> None:
         self._train = train
-        self._weights: dict[int, Weights] = {}
+        self._weights = weights
 
     def take(self, network: nn.Module, curve: Sequence[float]) -> None:
         """Keep what `network` is after epoch len(curve), and let go of what cannot be the best any more."""
         self._weights[len(curve)] = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         settled = len(curve) - REACH  # what comes later changes the smoothed T1 of later epochs only
         keep = {best_epoch(curve, settled) if settled > 0 else 1, *range(settled + 1, len(curve) + 1)}
-        self._weights = {epoch: weights for epoch, weights in self._weights.items() if epoch in keep}
+        for epoch in set(self._weights) - keep:
+            del self._weights[epoch]
 
     def restore(self, network: nn.Module, train: Rows, epoch: int) -> bool:
         """Put `network` back to where it was after `epoch` on the same rows; False where that is not kept."""

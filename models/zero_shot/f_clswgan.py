@@ -20,7 +20,7 @@ from models.base import OnProgress
 from models.generative_params import FCLSWGANParams
 from models.params import Params
 from models.zero_shot.final import train_softmax
-from models.zero_shot.generative import Averages, GenerativeModel, batches, draw, noise_dim
+from models.zero_shot.generative import Averages, Batches, GenerativeModel, draw, noise_dim
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import perceptron
 from models.zero_shot.wgan import Adversary, adam, descend
@@ -60,7 +60,8 @@ class FCLSWGAN(GenerativeModel):
         )
         adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], self.seed, self.device)
         optimizer = adam(params, self.network)
-        steps = batches(len(data.features), params.batch_size, chance)
+        steps = Batches(len(data.features), params.batch_size, chance)
+        data.run.resume(**adversary.parts(), optimizer=optimizer, steps=steps)
         while True:
             averages = Averages()
             for _ in range(params.steps_per_epoch):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.base import OnProgress
 from models.generative_params import FVAEGANParams
 from models.params import Params
-from models.zero_shot.generative import Averages, GenerativeModel, batches, draw, noise_dim
+from models.zero_shot.generative import Averages, Batches, GenerativeModel, draw, noise_dim
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.vaegan import VAEGAN, vae_terms
 from models.zero_shot.wgan import Adversary, adam, descend
@@ -44,7 +44,8 @@ class FVAEGAN(GenerativeModel):
         params, network, chance = self.params, self.network, data.generator
         adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], self.seed, self.device)
         optimizer = adam(params, network)
-        steps = batches(len(data.features), params.batch_size, chance)
+        steps = Batches(len(data.features), params.batch_size, chance)
+        data.run.resume(**adversary.parts(), optimizer=optimizer, steps=steps)
         while True:
             averages = Averages()
             for _ in range(params.steps_per_epoch):

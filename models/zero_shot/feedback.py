@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.generative_params import TFVAEGANParams
-from models.zero_shot.generative import Averages, batches, draw
+from models.zero_shot.generative import Averages, Batches, draw
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import linear, perceptron
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, missed
@@ -94,7 +94,8 @@ def train_with_feedback(
     adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], seed, str(device))
     of_vae, of_semantic = adam(params, network.vae), adam(params, network.semantic)
     of_feedback = torch.optim.Adam(network.feedback.parameters(), lr=params.feedback_learning_rate, betas=(0.5, 0.999))
-    steps = batches(len(data.features), params.batch_size, chance)
+    steps = Batches(len(data.features), params.batch_size, chance)
+    data.run.resume(**adversary.parts(), vae=of_vae, semantic=of_semantic, feedback=of_feedback, steps=steps)
     half = max(1, params.steps_per_epoch // 2)
     while True:
         averages = Averages()

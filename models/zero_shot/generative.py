@@ -21,6 +21,7 @@ from models.evaluation import zsl_report
 from models.generative_params import GANParams, GenerativeParams
 from models.params import Params
 from models.zero_shot.base import History, Setting
+from models.zero_shot.checkpoints import Chance, Run
 from models.zero_shot.epochs import EpochModel
 from models.zero_shot.final import Competing, FinalClassifier, LinearDiscriminants, RealRows, make_final, match_seen
 from models.zero_shot.folds import Rows
@@ -41,7 +42,8 @@ class GenerativeModel(EpochModel):
     def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         """Train `self.network`, endlessly; after each epoch its losses.
 
-        What comes before the first epoch, a stage of its own, reports to `on_progress`.
+        What comes before the first epoch, a stage of its own, reports to `on_progress`; then `data.run.resume` takes
+        all that the epochs change beside the network and the source of chance.
         """
 
     @abstractmethod
@@ -62,17 +64,21 @@ class GenerativeModel(EpochModel):
         super().__init__(params, seed=seed, device=device)
         self.is_joint = make_final(self.params, seed).is_joint
 
-    def _epochs(self, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+    def _epochs(self, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         weights = torch.Generator().manual_seed(self.seed)
         chance = torch.Generator(self.device).manual_seed(self.seed)
         features, labels, embeddings = (
             torch.from_numpy(array).to(self.device) for array in (train.features, train.labels, train.embeddings)
         )
         self.network = self._make_network(features.shape[1], embeddings.shape[1], weights).to(self.device)
-        self._train, self._seen = train, train.embeddings
-        data = TrainingData(features, labels, embeddings, chance)
-        for epoch, losses in zip(range(1, epochs + 1), self._training(data, on_progress), strict=False):
+        run.add(network=self.network, chance=Chance(chance))
+        data = TrainingData(features, labels, embeddings, chance, run)
+        first = len(run.history) + 1
+        for epoch, losses in zip(range(first, epochs + 1), self._training(data, on_progress), strict=False):
             yield {"epoch": float(epoch), **losses}
+
+    def _begin(self, train: Rows) -> None:
+        self._train, self._seen = train, train.embeddings
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         learned = super()._learn(train, setting, on_progress)
@@ -141,10 +147,29 @@ class _Generated:
         return torch.stack(rows)
 
 
-def batches(n_rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+class Batches:
     """Row numbers of steps, endlessly: pass after pass over all rows, each in a new random order."""
-    while True:
-        yield from torch.split(torch.randperm(n_rows, generator=generator, device=generator.device), size)
+
+    def __init__(self, n_rows: int, size: int, generator: torch.Generator) -> None:
+        self._n_rows, self._size, self._generator = n_rows, size, generator
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        if len(self._order) == 0:
+            self._order = torch.randperm(self._n_rows, generator=self._generator, device=self._generator.device)
+        rows, self._order = self._order[: self._size], self._order[self._size :]
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is left of the pass."""
+        return {"order": self._order.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._order = state_dict["order"].to(self._generator.device)
 
 
 class Averages:

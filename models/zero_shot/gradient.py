@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,18 +15,20 @@ from torch import Tensor
 
 from models.base import FloatArray, OnProgress
 from models.classifier_params import GradientParams
+from models.zero_shot.checkpoints import Chance, Run, Tape
 from models.zero_shot.epochs import EpochModel
 from models.zero_shot.folds import Rows
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Training rows on the device: features (N, D), labels (N,), unit embeddings (C, E); and the source of chance."""
+    """Training rows on the device: features (N, D), labels (N,), unit embeddings (C, E); the source of chance."""
 
     features: Tensor
     labels: Tensor
     embeddings: Tensor
     generator: torch.Generator
+    run: Run = field(default_factory=lambda: Tape(None, "").begin())
 
 
 class GradientModel(EpochModel):
@@ -56,15 +58,22 @@ class GradientModel(EpochModel):
 
     # -- what all share ------------------------------------------------------------------------------------------------
 
-    def _epochs(self, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002  # nothing comes first
+    def _epochs(
+        self,
+        train: Rows,
+        run: Run,
+        epochs: int,
+        on_progress: OnProgress,  # noqa: ARG002  # nothing comes first
+    ) -> Iterator[dict[str, float]]:
         generator = torch.Generator().manual_seed(self.seed)
         features, labels, embeddings = (
             torch.from_numpy(array).to(self.device) for array in (train.features, train.labels, train.embeddings)
         )
         self.network = self._make_network(features.shape[1], embeddings.shape[1], generator).to(self.device)
-        objective = self._objective(TrainingData(features, labels, embeddings, generator))
+        objective = self._objective(TrainingData(features, labels, embeddings, generator, run))
         optimizer = self._optimizer()
-        for epoch in range(1, epochs + 1):
+        run.resume(network=self.network, optimizer=optimizer, chance=Chance(generator))
+        for epoch in range(len(run.history) + 1, epochs + 1):
             loss = 0.0
             order = torch.randperm(len(features), generator=generator).to(self.device)
             for rows in torch.split(order, self.params.batch_size):

@@ -24,6 +24,7 @@ from models.errors import InvalidInput, NotFitted, ShapeMismatch
 from models.generative_params import SCEGGParams
 from models.params import Params
 from models.zero_shot.base import History, Setting
+from models.zero_shot.checkpoints import Checkpoints
 from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.feedback import FeedbackVAEGAN, train_with_feedback
 from models.zero_shot.folds import Rows
@@ -76,6 +77,7 @@ class SCEGG(GenerativeModel):
         validation_classes: Sequence[str] = (),
         validation_embeddings: FloatArray | EmbeddingsOf | None = None,
         on_progress: OnProgress = ignore_progress,
+        checkpoints: Checkpoints | None = None,
     ) -> Self:
         """As every classifier's. dimension_vectors (embedding_dim, V): where v_n start, as a rule word vectors of what
         the dimensions are called; without them at random vectors, from which they are learned all the same."""
@@ -87,6 +89,7 @@ class SCEGG(GenerativeModel):
                 validation_classes=validation_classes,
                 validation_embeddings=validation_embeddings,
                 on_progress=on_progress,
+                checkpoints=checkpoints,
             )
         finally:
             self._seen_through = None

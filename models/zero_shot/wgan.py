@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.generative_params import GANParams
+from models.zero_shot.checkpoints import Stateful
 from models.zero_shot.layers import linear
 
 
@@ -61,9 +62,11 @@ class Critic(nn.Module):
 class Adversary:
     """A critic with its optimizer."""
 
-    def __init__(self, params: GANParams, feature_dim: int, embedding_dim: int, seed: int, device: str) -> None:
+    def __init__(
+        self, params: GANParams, feature_dim: int, embedding_dim: int, seed: int, device: str, *, slope: float = 0.2
+    ) -> None:
         weights = torch.Generator().manual_seed(seed + 1)  # others than the generator's
-        self.critic = Critic(feature_dim, embedding_dim, params.hidden_dim, weights).to(device)
+        self.critic = Critic(feature_dim, embedding_dim, params.hidden_dim, weights, slope=slope).to(device)
         self._penalty_weight = params.penalty_weight
         self._optimizer = adam(params, self.critic)
 
@@ -73,6 +76,10 @@ class Adversary:
         penalty = self.critic.gradient_penalty(real, fake, embeddings, generator)
         descend(self._optimizer, self._penalty_weight * penalty - distance)
         return distance.detach()
+
+    def parts(self) -> dict[str, Stateful]:
+        """What it learns."""
+        return {"critic": self.critic, "of_critic": self._optimizer}
 
     def judge(self, fake: Tensor, embeddings: Tensor) -> Tensor:
         """What a generator minimises: -E D(x~, a). The critic's own weights get no gradient."""

@@ -88,6 +88,11 @@ def report_progress(session: Session, job_id: str, token: int, progress: dict[st
     return _status(session, job_id) == "running"
 
 
+def set_payload(session: Session, job_id: str, token: int, payload: dict[str, Any]) -> None:
+    """What the next attempt is given (also a sign of life)."""
+    _update_attempt(session, job_id, token, ACTIVE, payload=payload, heartbeat_at=utc_now())
+
+
 def hold(session: Session, job_id: str, token: int) -> None:
     """Call first in the transaction that publishes results: nobody else can end or restart the job until it ends.
 

@@ -11,6 +11,8 @@ import pytest
 from models import small_cnn
 from models.params import ScratchParams
 from models.small_cnn import train_small_cnn
+from models.zero_shot.checkpoints import Run, Tape
+from models.zero_shot.f_vaegan import FVAEGAN
 from service.core import repositories
 from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
@@ -113,6 +115,50 @@ def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> Non
     best = max(trials, key=lambda trial: trial["t1"])
     assert {name: row["params"][name] for name in best["params"]} == best["params"]
     assert (row["params"]["epochs"], row["params"]["normalize"]) == (2, "l2")
+
+
+def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tape.__init__, "__kwdefaults__", {**(Tape.__init__.__kwdefaults__ or {}), "every_s": 0.0})
+    names = [f"sort {i}" for i in range(6)]
+    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
+    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
+    finish(live_api, knowledge["id"])
+    small = {"epochs": 4, "steps_per_epoch": 3, "batch_size": 8, "hidden_dim": 16}
+    body = {
+        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
+        "knowledge_id": knowledge["resource"]["id"],
+        "unseen_classes": ["zebra"],
+        "validation_classes": names[:2],
+        "method": "f_vaegan",
+        "params": small,
+        "backbone": SMALL,
+        "image_size": 32,
+        "evaluate": False,
+    }
+    began: list[int] = []
+    original = FVAEGAN._epochs
+
+    def watched(self: FVAEGAN, train: Any, run: Run, epochs: int, on_progress: Any) -> Any:
+        began.append(len(run.history))
+        for entry in original(self, train, run, epochs, on_progress):
+            if entry["epoch"] == 3 and len(began) == 1:
+                raise RuntimeError("the machine burns")
+            yield entry
+
+    monkeypatch.setattr(FVAEGAN, "_epochs", watched)
+    tasks = {"train_classifier": train_classifier}
+    job = checked(create(live_api, body), JobOut, 202)
+    assert finish(live_api, job["id"], tasks)["status"] == "failed"
+    checked(live_api.client.post(f"/v1/jobs/{job['id']}/retry"), JobOut, 202)
+    assert finish(live_api, job["id"], tasks)["status"] == "succeeded"
+    assert began[:2] == [0, 2]
+    again = checked(create(live_api, body), JobOut, 202)
+    assert finish(live_api, again["id"], tasks)["status"] == "succeeded"
+    resumed, plain = (
+        checked(live_api.client.get(j["resource"]["href"]), ClassifierOut)["metrics"] for j in (job, again)
+    )
+    assert resumed["history"] == plain["history"]
+    assert resumed["validation"] == plain["validation"]
 
 
 @pytest.mark.parametrize(

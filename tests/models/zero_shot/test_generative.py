@@ -16,7 +16,7 @@ from models.zero_shot.base import load_classifier
 from models.zero_shot.f_clswgan import FCLSWGAN
 from models.zero_shot.f_vaegan import FVAEGAN
 from models.zero_shot.final import Competing, LinearDiscriminants, RealRows, make_final, match_seen
-from models.zero_shot.generative import batches
+from models.zero_shot.generative import Batches
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, vae_terms
 from models.zero_shot.wgan import Adversary, Critic
 from tests.models.zero_shot.made_up import made_up
@@ -179,10 +179,17 @@ def test_loss_of_the_vae_is_the_plain_sum() -> None:
 
 
 def test_batches_take_every_row_once_a_pass() -> None:
-    steps = batches(10, 4, seeded())
+    steps = Batches(10, 4, seeded())
     first, second = (torch.cat([next(steps) for _ in range(3)]) for _ in range(2))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
     assert first.tolist() != second.tolist()
+    assert len(next(steps)) == 4
+    chance, state = steps._generator.get_state(), steps.state_dict()
+    rest = [next(steps).tolist() for _ in range(5)]
+    again = Batches(10, 4, seeded(7))
+    again._generator.set_state(chance)
+    again.load_state_dict(state)
+    assert [next(again).tolist() for _ in range(5)] == rest
 
 
 def test_width_of_the_noise_is_that_of_the_embedding_unless_given() -> None:

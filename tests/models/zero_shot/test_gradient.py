@@ -17,6 +17,7 @@ from models.errors import InvalidInput
 from models.evaluation import mean_per_class_accuracy
 from models.zero_shot import epochs
 from models.zero_shot.base import create_classifier
+from models.zero_shot.checkpoints import Run
 from models.zero_shot.epochs import best_epoch, choose_epoch
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import GradientModel, TrainingData
@@ -68,9 +69,9 @@ def test_the_chosen_epoch_of_a_single_fold_is_not_trained_again(monkeypatch: pyt
     calls: list[int] = []
     original = SJE._epochs
 
-    def counted(self: SJE, train: Rows, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
+    def counted(self: SJE, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         calls.append(epochs)
-        return original(self, train, epochs, on_progress)
+        return original(self, train, run, epochs, on_progress)
 
     monkeypatch.setattr(SJE, "_epochs", counted)
     inputs = data.train, data.seen_embeddings

@@ -1,0 +1,161 @@
+"""What a training keeps after its epochs, so that another process can go on from there to the same bits.
+
+A fit trains several times: each fold's search, each fold's calibration, all seen classes. The tape holds these runs in
+their order, which the inputs decide: what those that ended left behind, and where the last one stands.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+SAVE_EVERY_S = 5.0
+
+
+class Checkpoints(Protocol):
+    """Where checkpoints lie; `load` gives the newest, None where there is none that can be read."""
+
+    def load(self) -> State | None:
+        """The newest state."""
+        ...
+
+    def save(self, state: State) -> None:
+        """Replace it."""
+        ...
+
+
+class Stateful(Protocol):
+    """Networks, optimizers, sources of chance and of batches."""
+
+    def state_dict(self) -> State:
+        """All that decides what comes next."""
+        ...
+
+    def load_state_dict(self, state_dict: State) -> Any:
+        """Take it back."""
+        ...
+
+
+class FileCheckpoints:
+    """A file, replaced as a whole. Its content is read as plain tensors and numbers; code in it is never run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> State | None:
+        """The state in the file; a damaged one counts as none."""
+        try:
+            state: State = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception:  # torch raises a dozen kinds; training anew is right after any of them
+            return None
+        return state
+
+    def save(self, state: State) -> None:
+        """Written beside, then renamed."""
+        part = self.path.with_suffix(".part")
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+
+class Chance:
+    """A random generator with the interface of the other parts."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> State:
+        """Where it stands."""
+        return {"state": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Put it back there."""
+        self._generator.set_state(state_dict["state"].cpu().to(torch.uint8))
+
+
+class Tape:
+    """The runs of one fit. `identity` tells inputs and parameters apart: a tape of others is not played."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        identity: str,
+        *,
+        every_s: float = SAVE_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpoints, self._identity = checkpoints, identity
+        self._every_s, self._clock = every_s, clock
+        self._saved_at = clock()
+        self._next = 0
+        saved = checkpoints.load() if checkpoints is not None else None
+        self._runs: list[State] = saved["runs"] if saved is not None and saved.get("identity") == identity else []
+
+    def begin(self) -> Run:
+        """The next run, from where it was left."""
+        if self._next == len(self._runs):
+            self._runs.append({})
+        self._next += 1
+        return Run(self, self._next - 1, self._runs[self._next - 1])
+
+    def put(self, number: int, state: Callable[[], State], *, is_end: bool) -> None:
+        """Keep a run's state; not each time, for writing takes time, too."""
+        if self._checkpoints is None:
+            return
+        if is_end or self._clock() - self._saved_at >= self._every_s:
+            self._runs[number] = state()
+        if self._clock() - self._saved_at >= self._every_s:
+            self._checkpoints.save({"identity": self._identity, "runs": self._runs[: number + 1]})
+            self._saved_at = self._clock()
+
+
+class Run:
+    """One training: `history`, one dict an epoch so far; `network`, its weights if it `is_done`; `kept`, snapshots."""
+
+    def __init__(self, tape: Tape, number: int, saved: State) -> None:
+        self._tape, self._number, self._saved = tape, number, saved
+        self._parts: dict[str, Stateful] = {}
+        self._is_resumable = False
+        self.history: list[dict[str, float]] = list(saved.get("history", ()))
+        self.kept: dict[int, dict[str, Tensor]] = dict(saved.get("kept", {}))
+        self.network: dict[str, Tensor] = saved.get("network", {})
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ended before."""
+        return bool(self._saved.get("done"))
+
+    def add(self, **parts: Stateful) -> None:
+        """Parts whose state belongs to the run."""
+        self._parts |= parts
+
+    def resume(self, **parts: Stateful) -> None:
+        """Call before the first epoch, with all remaining parts: they take on the state they were left in."""
+        self.add(**parts)
+        self._is_resumable = True
+        for name, state in self._saved.get("parts", {}).items():
+            self._parts[name].load_state_dict(state)
+
+    def record(self, entry: dict[str, float]) -> None:
+        """After each epoch but the last."""
+        self.history.append(entry)
+        if self._is_resumable:
+            self._tape.put(self._number, self._state, is_end=False)
+
+    def end(self, network: dict[str, Tensor]) -> None:
+        """After the last one."""
+        done = {"done": True, "history": self.history, "kept": self.kept, "network": network}
+        self._tape.put(self._number, lambda: done, is_end=True)
+
+    def _state(self) -> State:
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"history": list(self.history), "kept": dict(self.kept), "parts": parts}
