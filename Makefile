@@ -68,3 +68,7 @@ clean: ## Removes what tests and demos leave behind; keeps .venv and the service
 .PHONY: configuration
 configuration: $(STAMP) ## Writes docs/configuration.md anew.
 	$(BIN)/python -m service.configuration > docs/configuration.md
+
+.PHONY: methods
+methods: $(STAMP) ## Writes docs/methods.md anew.
+	$(BIN)/python -m service.methods > docs/methods.md

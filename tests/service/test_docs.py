@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.catalog import METHODS
-from service import configuration
+from service import configuration, methods
 from service.app import create_app
 from service.core.settings import Settings
 
@@ -18,6 +18,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/READM
 
 def test_the_table_of_settings_is_the_settings_class() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == configuration.markdown()
+
+
+def test_methods_page_is_that_of_the_catalog() -> None:
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == methods.markdown()
     assert all(field.description for field in Settings.model_fields.values())
 
 
