@@ -10,6 +10,7 @@ out, and cross-entropies run over seen classes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,11 @@ class SCEGG(GenerativeModel):
         prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
         self._channels = _checked_channels(features)
         return prepared
+
+    def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
+        vectors = b"" if self._vectors is None else self._vectors.tobytes()
+        start = f"{super()._identity(raw, labels, folds)} {self._channels} ".encode()
+        return hashlib.sha256(start + vectors).hexdigest()
 
     def _trial(
         self, raw: FloatArray, labels: IntArray, embeddings: FloatArray, fold: IntArray, learn_rows: IntArray
