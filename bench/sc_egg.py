@@ -1,6 +1,6 @@
 """SC-EGG on feature maps against TF-VAEGAN on the same network's pooled features, and where SC-EGG looks.
 
-    python bench/sc_egg.py --data FOLDER --weights FILE [--set guidance_weight=0 ...] [--test] [-o docs/attention.jpg]
+    python bench/sc_egg.py --data FOLDER --weights FILE [--set guidance_weight=0 ...] [--at-most N] [--test] [-o FILE]
 
 FOLDER has `images/<class>/`, `splits.json` (seen, unseen and validation classes; files of train, test_seen and
 test_unseen) and `knowledge/attributes.npz`. Settings are compared on validation classes; `--test` measures the test
@@ -10,8 +10,10 @@ classes, once, when they are chosen. Features are kept in bench/out.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ PARTS = ("train", "test_seen", "test_unseen")
 def load_maps(data: Path, weights: Path, files: list[str]) -> tuple[FloatArray, int]:
     """Feature maps (n_images, places * channels) float16 of MobileNetV2, and its channels."""
     network = SpatialBackbone(create_backbone("mobilenet_v2", weights=weights), IMAGE_SIZE)
-    kept = OUT / f"maps-{data.name}-{network.digest[:12]}.npy"
+    digest = hashlib.sha256("\n".join([network.digest, *files]).encode()).hexdigest()
+    kept = OUT / f"maps-{data.name}-{digest[:12]}.npy"
     if not kept.exists():
         sources = ((name, (data / name).read_bytes) for name in files)
         rows = []
@@ -49,12 +52,24 @@ def load_maps(data: Path, weights: Path, files: list[str]) -> tuple[FloatArray, 
     return np.load(kept), network.channels
 
 
+def first_of_each(files: list[str], at_most: int | None) -> list[str]:
+    """The first files of each class, in their order."""
+    count: Counter[str] = Counter()
+    kept = []
+    for name in files:
+        count[Path(name).parent.name] += 1
+        if at_most is None or count[Path(name).parent.name] <= at_most:
+            kept.append(name)
+    return kept
+
+
 class Photos:
     """Everything that is measured on: features of the three kinds of rows, class vectors, names of dimensions."""
 
-    def __init__(self, data: Path, weights: Path) -> None:
+    def __init__(self, data: Path, weights: Path, at_most: int | None) -> None:
         splits = json.loads((data / "splits.json").read_text())
-        self.files = [name for part in PARTS for name in splits[part]]
+        files = [first_of_each(splits[part], at_most) for part in PARTS]
+        self.files = [name for part in files for name in part]
         self.data = data
         self.seen, self.unseen = tuple(splits["seen_classes"]), tuple(splits["unseen_classes"])
         self.validation = tuple(splits["validation_classes"])
@@ -66,7 +81,7 @@ class Photos:
         self.dimension_vectors = table.get("attribute_vectors")
         self.maps, self.channels = load_maps(data, weights, self.files)
         self.labels = np.array([names.index(Path(name).parent.name) for name in self.files])
-        self.part = np.repeat(np.arange(3), [len(splits[part]) for part in PARTS])
+        self.part = np.repeat(np.arange(3), [len(part) for part in files])
 
     def rows(self, part: int, *, spatial: bool) -> LabelledFeatures:
         """Training rows (0), test rows of seen (1) and of unseen classes (2)."""
@@ -140,6 +155,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["tf_vaegan", "sc_egg"])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings in place of defaults")
+    parser.add_argument("--at-most", type=int, metavar="N", help="use N images of each class and part")
     parser.add_argument("--given", action="store_true", help="start v_n at the word vectors of the attributes' names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true")
@@ -147,7 +163,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     settings = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in asked.set)}
-    photos = Photos(asked.data, asked.weights)
+    photos = Photos(asked.data, asked.weights, asked.at_most)
     for method in asked.methods:
         started = time.process_time()
         model = trained(photos, method, settings, given=asked.given, seed=asked.seed)
