@@ -1,7 +1,7 @@
 """`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
 
-Without names: those that take minutes. `memory` starts a service of its own, `relations` and `vgse` take an hour or
-more, and `vgse` needs a running service, so these must be named.
+Without names: those that take minutes. `memory` starts a service of its own and `relations` takes an hour, so these must
+be named. Plans (`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
 SHORT = ("smo", "knowledge", "extraction")
-ALL = (*SHORT, "memory", "relations", "vgse")
+ALL = (*SHORT, "memory", "relations")
 
 
 def machine() -> str:
