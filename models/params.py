@@ -89,6 +89,9 @@ class ClusteringParams(Params):
     mode: Literal["frozen", "finetune"] = Field(
         "frozen", description="Train the heads on cached features, or the backbone too, end to end."
     )
+    warmup_epochs: int = Field(
+        8, ge=0, le=10_000, description="Mode finetune: passes over the features as they are before the network learns."
+    )
     finetuned_share: float = Field(
         1.0, gt=0, le=1, description="Mode finetune: the last part of the network's layers that learns; 1: all of them."
     )

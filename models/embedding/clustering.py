@@ -8,6 +8,7 @@ https://arxiv.org/abs/2203.10444. What the paper leaves open (loss weights, sche
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class PatchClustering:
     """Clusters patches so that neighbours, classes and class knowledge agree; one cluster is one embedding dimension.
 
     Learned by `fit`: class_embeddings_ (C, E) float32 in the order of `class_names_`; best_epoch_; history_ (one
-    dict an epoch: losses, and `validation` where classes were held out; `stage` tells choosing from fitting);
+    dict an epoch: losses, and `validation` where classes were held out; `stage` tells warming up, choosing, fitting);
     report_; heads_; backbone_ (mode 'finetune' only: weights of the trained copy, as its state dict has them).
     """
 
@@ -82,7 +83,9 @@ class PatchClustering:
         if self.params.early_stopping and len(held_out):
             notes += self._choose_epoch(task, held_out, image_features, on_progress)
         run = _Run(self, task, np.arange(len(patches.class_names)))
-        total = len(self.history_) + self.best_epoch_
+        total = self._n_passes() + self.best_epoch_
+        if run.warms_up:
+            self.history_.append({"stage": "warm-up", **run.warm_up()})
         for _ in range(self.best_epoch_):
             self._record("fit", run.epoch(), on_progress, total)
         means, usage, winners = class_means(run.heads, run.patches)
@@ -140,6 +143,13 @@ class PatchClustering:
         n_images = len(features) if image_features is not None else 0
         epochs: list[int] = []
         scores: list[float] = []
+        untouched = -np.inf
+        if run.warms_up:  # perhaps the network is best left as it is: then no epoch of its training is chosen
+            losses = run.warm_up()
+            accuracy, log_probability = scorer(class_means(run.heads, run.cached)[0].cpu().numpy())
+            untouched = log_probability
+            losses |= {"validation": accuracy, "validation_log_probability": log_probability}
+            self.history_.append({"stage": "warm-up", **losses})
         for epoch in range(1, self.params.epochs + 1):
             losses = run.epoch()
             if n_images and isinstance(run.rows, BackboneRows):  # images are recognised by the network that is trained
@@ -152,13 +162,19 @@ class PatchClustering:
             losses |= {"validation": accuracy, "validation_log_probability": log_probability}
             self._record("choose", losses, on_progress, 2 * self.params.epochs)
             self.best_epoch_ = best_epoch(epochs, scores)
+            if scores[self.best_epoch_ - 1] <= untouched:
+                self.best_epoch_ = 0
             if epoch - self.best_epoch_ >= self.params.patience:
                 break
         return []
 
     def _record(self, stage: str, losses: dict[str, float], on_progress: OnProgress, total: int) -> None:
         self.history_.append({"stage": stage, **losses})
-        on_progress(Progress("clustering", len(self.history_), total, losses))
+        on_progress(Progress("clustering", self._n_passes(), total, losses))
+
+    def _n_passes(self) -> int:
+        """Epochs done, but for the quick ones that warm up."""
+        return sum(entry["stage"] != "warm-up" for entry in self.history_)
 
 
 class _Task:
@@ -220,14 +236,34 @@ class _Run:
             head_input=params.head_input,
             seed=owner.seed,
         ).to(device)
+        self.warms_up = task.backbone is not None and params.warmup_epochs > 0
+        if self.warms_up:
+            self.cached = replace(self.patches, features=CachedRows(task.table.features, keep, device=device))
         self.generator = torch.Generator().manual_seed(owner.seed)
         groups: list[dict[str, Any]] = [{"params": list(self.heads.parameters())}]
         if isinstance(self.rows, BackboneRows):
             groups.append(self.rows.parameter_group(params.backbone_learning_rate))
         self.optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
 
+    def warm_up(self) -> dict[str, float]:
+        """Trains the heads on the features as they are: what random heads ask for would spoil the network's layers."""
+        losses: dict[str, float] = {}
+        for _ in range(self.params.warmup_epochs):
+            losses = self._train(self.cached)
+        return losses
+
     def epoch(self) -> dict[str, float]:
-        return train_epoch(self.heads, self.patches, self.params, self.optimizer, self.generator)
+        return self._train(self.patches)
+
+    def _train(self, patches: PatchSet) -> dict[str, float]:
+        losses = train_epoch(self.heads, patches, self.params, self.optimizer, self.generator)
+        if not np.isfinite(losses["loss"]):
+            name = "backbone_learning_rate" if isinstance(patches.features, BackboneRows) else "learning_rate"
+            raise InvalidInput(
+                f"Clustering diverged: its loss is no number any more. Lower params.clustering.{name}.",
+                field=f"params/clustering/{name}",
+            )
+        return losses
 
 
 def _tensor(numbers: IntArray, device: str) -> Tensor:

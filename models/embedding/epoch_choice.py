@@ -57,7 +57,7 @@ class ValidationScorer:
         mean = seen.mean(axis=0)
         known = unit_rows(seen - mean)
         gram = known.T @ known
-        ridge = EMBEDDING_RIDGE * np.trace(gram) / len(gram)
+        ridge = _ridge(EMBEDDING_RIDGE, gram)
         weights = np.linalg.solve(gram + ridge * np.eye(len(gram)), known.T @ self._evidence.T)  # (E, N)
         found = []
         for relation in self._relations:
@@ -112,8 +112,13 @@ def _feature_part(features: FloatArray, chosen: IntArray, labels: IntArray) -> t
         means += rows.T @ one_hot[block]
     mean = total / len(chosen)
     gram -= len(chosen) * np.outer(mean, mean)
-    ridge = FEATURE_RIDGE * np.trace(gram) / len(gram)
+    ridge = _ridge(FEATURE_RIDGE, gram)
     return mean, np.linalg.solve(gram + ridge * np.eye(len(gram)), means - mean[:, None])
+
+
+def _ridge(part: float, gram: Matrix) -> float:
+    """A part of the mean eigenvalue. All rows may be the same, where training has gone wrong: then of nothing."""
+    return max(part * float(np.trace(gram)) / len(gram), 1e-12)
 
 
 def _unit_blocks(features: FloatArray, chosen: IntArray) -> Iterator[tuple[slice, Matrix]]:

@@ -66,8 +66,8 @@ class BackboneRows:
         return len(self._row_numbers)
 
     def parameter_group(self, learning_rate: float) -> dict[str, Any]:
-        """The backbone's share of the optimiser."""
-        return {"params": self._learning, "lr": learning_rate}
+        """The backbone's share of the optimiser. Decay would pull weights that were learned elsewhere to zero."""
+        return {"params": self._learning, "lr": learning_rate, "weight_decay": 0.0}
 
     def rows(self, index: Tensor) -> Tensor:
         wanted = self._row_numbers[index.cpu().numpy()]

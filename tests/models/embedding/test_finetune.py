@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.base import FloatArray, IntArray, LabelledFeatures, PatchTable
-from models.embedding import finetune
+from models.base import FloatArray, IntArray, LabelledFeatures, PatchTable, Progress
+from models.embedding import clustering, finetune
 from models.embedding.clustering import PatchClustering
 from models.embedding.finetune import BackboneRows, TrainableBackbone, last_layers
 from models.errors import InvalidInput
@@ -61,7 +61,7 @@ def _problem() -> tuple[PatchTable, FloatArray, TrainableBackbone]:
     return table, knowledge, TrainableBackbone(network, read, chunk=10)
 
 
-def _params(epochs: int = 8, share: float = 1.0) -> ClusteringParams:
+def _params(epochs: int = 8, share: float = 1.0, warmup: int = 0) -> ClusteringParams:
     return ClusteringParams(
         mode="finetune",
         n_clusters=8,
@@ -71,6 +71,7 @@ def _params(epochs: int = 8, share: float = 1.0) -> ClusteringParams:
         learning_rate=0.02,
         backbone_learning_rate=0.002,
         finetuned_share=share,
+        warmup_epochs=warmup,
     )
 
 
@@ -126,6 +127,49 @@ def test_chunks_change_neither_features_nor_gradients(budget: int, monkeypatch: 
         gradients.append([parameter.grad for parameter in rows.module.parameters()])
     for small, large in zip(*gradients, strict=True):
         torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-4)
+
+
+def test_the_heads_warm_up_while_the_network_rests() -> None:
+    table, knowledge, backbone = _problem()
+    model = PatchClustering(_params(2, warmup=5)).fit(table, knowledge, backbone=backbone)
+    assert [entry["stage"] for entry in model.history_] == ["warm-up", "fit", "fit"]
+    cold = PatchClustering(_params(2)).fit(table, knowledge, backbone=backbone)
+    assert model.history_[1]["loss"] < cold.history_[0]["loss"]
+    frozen = _params(5).model_copy(update={"mode": "frozen"})
+    expected = PatchClustering(frozen).fit(table, knowledge).history_[-1]
+    assert model.history_[0]["loss"] == pytest.approx(expected["loss"])  # the same passes
+
+
+def test_no_epoch_is_an_answer_too() -> None:
+    """A step size that ruins the network: validation classes tell, and it is left as it was."""
+    table, knowledge, backbone = _problem()
+    pixels = _pixels()[::PATCHES]
+    with torch.inference_mode():
+        images = LabelledFeatures(backbone.module(pixels).numpy(), table.labels, table.class_names)
+    source = TrainableBackbone(
+        backbone.module, backbone.read_patches, lambda rows: pixels[torch.from_numpy(np.asarray(rows))], chunk=10
+    )
+    params = _params(2, warmup=5).model_copy(update={"backbone_learning_rate": 10.0})
+    seen: list[Progress] = []
+    model = PatchClustering(params).fit(
+        table, knowledge, backbone=source, image_features=images, validation_classes=["a", "d"], on_progress=seen.append
+    )
+    assert model.best_epoch_ == 0
+    assert [entry["stage"] for entry in model.history_] == ["warm-up", "choose", "choose", "warm-up"]
+    assert model.backbone_ is not None
+    assert all(torch.equal(model.backbone_[name], weight) for name, weight in backbone.module.state_dict().items())
+    steps = [(step.completed, step.total) for step in seen if step.phase == "clustering"]
+    assert steps == [(1, 4), (2, 4)]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("frozen", "learning_rate"), ("finetune", "backbone_learning_rate")])
+def test_a_loss_that_is_no_number_ends_training(mode: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, knowledge, backbone = _problem()
+    monkeypatch.setattr(clustering, "train_epoch", lambda *args: {"loss": float("nan")})
+    params = _params(2).model_copy(update={"mode": mode})
+    with pytest.raises(InvalidInput, match=f"diverged.*Lower params.clustering.{name}") as caught:
+        PatchClustering(params).fit(table, knowledge, backbone=backbone if mode == "finetune" else None)
+    assert caught.value.field == f"params/clustering/{name}"
 
 
 def test_only_the_last_layers_learn_where_a_share_is_asked_for() -> None:
