@@ -113,7 +113,8 @@ def _feature_part(features: FloatArray, chosen: IntArray, labels: IntArray) -> t
     mean = total / len(chosen)
     gram -= len(chosen) * np.outer(mean, mean)
     ridge = _ridge(FEATURE_RIDGE, gram)
-    return mean, np.linalg.solve(gram + ridge * np.eye(len(gram)), means - mean[:, None])
+    weights: Matrix = np.linalg.solve(gram + ridge * np.eye(len(gram)), means - mean[:, None]).astype(np.float64)
+    return mean, weights
 
 
 def _ridge(part: float, gram: Matrix) -> float:
