@@ -211,6 +211,15 @@ METHODS: tuple[Method, ...] = (
         features="spatial",
     ),
     Method(
+        "se_gzsl",
+        "classifier",
+        "Semantic features cut out of image features; a Wasserstein GAN guided by them.",
+        "models.zero_shot.se_gzsl:SEGZSL",
+        generative_params.SEGZSLParams,
+        "Semantic Feature Extraction for Generalized Zero-Shot Learning (AAAI 2022)",
+        "https://arxiv.org/abs/2112.14478",
+    ),
+    Method(
         "cada_vae",
         "classifier",
         "Aligned VAEs of features and class embeddings; classifies in their latent space.",

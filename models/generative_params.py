@@ -168,14 +168,18 @@ class SEGZSLParams(GANParams):
     semantic_dim: int = Field(256, ge=1, le=8192, description="Width of semantic and residual features.")
     slope: float = Field(0.02, ge=0, le=1, description="Of the leaky ReLUs below 0.")
     decomposition_epochs: int = Field(
-        20, ge=1, le=10_000, description="Epochs of the encoders, which are trained first, of steps_per_epoch each."
+        10, ge=1, le=10_000, description="Epochs of the encoders, which are trained first, of steps_per_epoch each."
     )
     decomposition_learning_rate: float = Field(3e-4, gt=0, le=10, description="Adam's step size for them.")
     images_per_class: int = Field(
         8, ge=1, le=4096, description="Images of each class in a step of the encoders: L_sim needs several."
     )
     guess_steps: int = Field(
-        5, ge=1, le=100, description="Steps of q(a | z_r), on which CLUB rests, for each of the encoders."
+        1,
+        ge=1,
+        le=100,
+        description="Steps of the network that guesses embeddings from z_r, for CLUB, for each of the encoders; "
+        "CLUB's code: 5.",
     )
     use_information: bool = Field(True, description="L_MI, and its part in the generator's loss (table 3).")
     information_weight: float = Field(20.0, ge=0, le=1e4, description="lambda_s, weight of InfoNCE (Eq. 6).")
