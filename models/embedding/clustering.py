@@ -80,6 +80,7 @@ class PatchClustering:
         self.history_ = []
         self.best_epoch_ = self.params.epochs
         held_out = class_numbers(patches.class_names, validation_classes)
+        on_progress(Progress("clustering", 0, 2 * self.params.epochs))  # starts the clock of the first epoch
         if self.params.early_stopping and len(held_out):
             notes += self._choose_epoch(task, held_out, image_features, on_progress)
         run = _Run(self, task, np.arange(len(patches.class_names)))

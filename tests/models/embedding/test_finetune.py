@@ -159,7 +159,7 @@ def test_no_epoch_is_an_answer_too() -> None:
     assert model.backbone_ is not None
     assert all(torch.equal(model.backbone_[name], weight) for name, weight in backbone.module.state_dict().items())
     steps = [(step.completed, step.total) for step in seen if step.phase == "clustering"]
-    assert steps == [(1, 4), (2, 4)]
+    assert steps == [(0, 4), (1, 4), (2, 4)]
 
 
 @pytest.mark.parametrize(("mode", "name"), [("frozen", "learning_rate"), ("finetune", "backbone_learning_rate")])
