@@ -93,8 +93,9 @@ class _ByClass(FinalClassifier):
         keys = [row.tobytes() for row in classes.embeddings]
         new = np.array([c for c in np.flatnonzero(classes.seen < 0) if keys[c] not in self._generated], np.int64)
         for part in np.array_split(new, max(1, -(-len(new) * self.params.synthetic_per_class // 2**16))):
-            for c, summary in zip(part, self._summary(classes.generate(part)) if len(part) else (), strict=True):
-                self._generated[keys[c]] = summary
+            # One at a time: a class's last bits must not depend on which others came with it.
+            for c, rows in zip(part, classes.generate(part) if len(part) else (), strict=True):
+                self._generated[keys[c]] = self._summary(rows)
         found = [
             self._seen_summary(int(number)) if number >= 0 else self._generated[key]
             for key, number in zip(keys, classes.seen, strict=True)
@@ -121,7 +122,8 @@ class LinearDiscriminants(_ByClass):
         level = covariance.diagonal().mean().clamp(min=1e-12)
         covariance *= 1 - self.params.shrinkage
         covariance.diagonal().add_(self.params.shrinkage * level)
-        self._precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance)).float()
+        # Row by row in memory, as it will be when it was saved and loaded: the order decides the last bits.
+        self._precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance)).float().contiguous()
 
     def scores(self, rows: Tensor, classes: Competing) -> Tensor:
         means = torch.cat(self._summaries(classes)) - self._origin  # (C, R)

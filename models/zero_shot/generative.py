@@ -123,7 +123,7 @@ class GenerativeModel(EpochModel):
         self._final = make_final(self.params, self.seed)
         self._final.restore(
             {
-                name.removeprefix(_FINAL): torch.from_numpy(array).to(self.device)
+                name.removeprefix(_FINAL): torch.from_numpy(array).clone().to(self.device)  # aligned as torch does
                 for name, array in state.items()
                 if name.startswith(_FINAL)
             }
