@@ -113,9 +113,7 @@ def _plan_search(plan: Plan, body: ClassifierCreate) -> None:
     except UnknownName:
         return  # told already
     if not space:
-        plan.add(
-            "/search", f"{body.method!r} chooses its settings by itself; leave 'search' out."
-        )
+        plan.add("/search", f"{body.method!r} chooses its settings by itself; leave 'search' out.")
     elif not set(space) - set(body.params):
         plan.add("/search", f"All that could be searched is given in 'params': {', '.join(space)}.")
 
