@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
+from service.answers import ClassifyOut, HuggingFaceRequest
 from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
 from service.deps import Parts, PartsDep
 from service.image_requests import ImageRequest, ask, read_images, ready_classifier_id
 from service.json import FastJSON
 from service.openapi import body_schema
 from service.problems import documented, invalid
-from service.schemas import ClassifyOut, HuggingFaceRequest
 from service.uploads import content_type_of
 
 router = APIRouter(prefix="/v1/classify", tags=["classify"])

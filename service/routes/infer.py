@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
+from service.answers import InferOut
 from service.core import repositories
 from service.core.errors import Conflict, Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.core.tables import Classifier
@@ -16,7 +17,6 @@ from service.deps import Parts, PartsDep
 from service.image_requests import ask, read_images, ready_classifier_id
 from service.json import FastJSON
 from service.problems import documented, invalid
-from service.schemas import InferOut
 
 router = APIRouter(prefix="/v1/infer", tags=["classify"])
 METHOD = "psr"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from service.schemas import ClassifyOut
+from service.answers import ClassifyOut
 from tests.service.harness import LiveApi, checked, png, problem
 
 URL = "/v1/classify"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from service.schemas import InferOut
+from service.answers import InferOut
 from tests.service.harness import LiveApi, checked, png, problem
 
 URL = "/v1/infer"

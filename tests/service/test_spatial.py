@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from service.answers import ClassifyOut
 from service.core.tables import Dataset
-from service.schemas import ClassifierOut, ClassifyOut, JobOut, MethodOut
+from service.schemas import ClassifierOut, JobOut, MethodOut
 from tests.service.harness import LiveApi, Server, checked, png, problem
 from tests.service.tasks import finish
 from workers.inference import create_inference_app
