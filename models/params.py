@@ -96,7 +96,7 @@ class ClusteringParams(Params):
         1.0, gt=0, le=1, description="Mode finetune: the last part of the network's layers that learns; 1: all of them."
     )
     backbone_learning_rate: float = Field(
-        5e-5, gt=0, le=1, description="Mode finetune: Adam's step size for the network."
+        3e-4, gt=0, le=1, description="Mode finetune: Adam's step size for the network."
     )
     epochs: int = Field(
         50, ge=1, le=10_000, description="At most this many passes; validation classes may stop sooner."
