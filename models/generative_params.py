@@ -133,13 +133,13 @@ class CADAVAEParams(GenerativeParams):
     """
 
     batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
-    learning_rate: float = Field(5e-4, gt=0, le=10, description="Adam's (amsgrad) step size; the code: 0.00015.")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's (amsgrad) step size; the code: 0.00015.")
     hidden_dims: tuple[Width, Width, Width, Width] | None = Field(
         None,
         description="Hidden widths of feature encoder, feature decoder, embedding encoder and embedding decoder; none: "
         "hidden_dim each; the code: 1560, 1660, 1450, 665.",
     )
-    latent_dim: int = Field(64, ge=1, le=4096, description="Width of z.")
+    latent_dim: int = Field(16, ge=1, le=4096, description="Width of z; the code: 64.")
     kl_weight: float = Field(0.05, ge=0, le=1e4, description="beta, weight of the KL divergences; the code: 0.25.")
     cross_weight: float = Field(2.37, ge=0, le=1e4, description="gamma, weight of cross-alignment; 0 leaves it out.")
     align_weight: float = Field(
@@ -152,7 +152,7 @@ class CADAVAEParams(GenerativeParams):
         None,
         ge=1,
         le=10_000,
-        description="Latents drawn for each seen class from its images; none: each image's mean, once; the code: 200.",
+        description="Latents drawn for each seen class from its images; none: one for each image; the code: 200.",
     )
     code_compat: bool = Field(
         False, description="Draw z as the authors' code does: deviation exp(log variance), one number for all of z."
@@ -170,7 +170,7 @@ class SEGZSLParams(GANParams):
     decomposition_epochs: int = Field(
         10, ge=1, le=10_000, description="Epochs of the encoders, which are trained first, of steps_per_epoch each."
     )
-    decomposition_learning_rate: float = Field(3e-4, gt=0, le=10, description="Adam's step size for them.")
+    decomposition_learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size for them.")
     images_per_class: int = Field(
         8, ge=1, le=4096, description="Images of each class in a step of the encoders: L_sim needs several."
     )

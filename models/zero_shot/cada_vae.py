@@ -4,9 +4,9 @@ Schönfeld et al., "Generalized Zero- and Few-Shot Learning via Aligned Variatio
 https://arxiv.org/abs/1812.01784), with v each of features x and embedding a, and w the other:
     L = sum_v |v - D_v(z_v)|_1 + beta KL(q(z | v) || N(0, I))                                               (VAE)
         + gamma sum_v |v - D_v(z_w)|_1 + delta sqrt(|mu_x - mu_a|^2 + |sigma_x - sigma_a|^2)                 (CA, DA)
-An image is its mean mu_x to the final classifier, a class without images draws from q(z | a). Losses are sums over
-dimensions; the authors sum over the batch too, which Adam does not notice. Letters in trailing comments: B images of a
-step, D features, E embedding, L latent.
+The final classifier learns from draws, of q(z | x) for training images and of q(z | a) for classes without; an image to
+be recognised is its mean mu_x. Losses are sums over dimensions; the authors sum over the batch too, which Adam does not
+notice. Letters in trailing comments: B images of a step, D features, E embedding, L latent.
 """
 
 from __future__ import annotations
@@ -82,12 +82,11 @@ class CADAVAE(GenerativeModel):
 
     @torch.no_grad()
     def _real(self, train: Rows) -> RealRows:
-        per_class = self.params.seen_per_class
-        if per_class is None:
-            return super()._real(train)
+        # Draws, as classes without images have them: means of a class lie so close together that they mislead.
         chance = torch.Generator(self.device).manual_seed(self.seed)
         labels = torch.from_numpy(train.labels).to(self.device)
-        picked = torch.cat([_repeat(torch.nonzero(labels == c)[:, 0], per_class) for c in range(len(train.embeddings))])
+        rows_of = [torch.nonzero(labels == c)[:, 0] for c in range(len(train.embeddings))]
+        picked = torch.cat([_repeat(rows, self.params.seen_per_class or len(rows)) for rows in rows_of])
         parts = []
         for rows in torch.split(picked, PART_ROWS):
             features = torch.from_numpy(train.features[rows.cpu().numpy()]).to(self.device)

@@ -121,6 +121,9 @@ def test_seen_classes_may_have_as_many_latents_each() -> None:
     )
     real = model._real(train)
     assert torch.bincount(real.labels).tolist() == [7] * 12
+    # Unless asked for, as many as there are images.
+    model.params = model.params.model_copy(update={"seen_per_class": None})
+    assert torch.bincount(model._real(train).labels).tolist() == [3 + c for c in range(12)]
     first = real.rows[real.labels == 0]  # 3 images: drawn again and again
     assert len(torch.unique(first, dim=0)) == 7
     means = model._represent(torch.from_numpy(train.features[:3]))
