@@ -26,7 +26,7 @@ Json = dict[str, Any]
 COLUMNS: dict[str, Json] = {
     "frozen": {"mode": "frozen"},
     "fine-tuned, last quarter": {"mode": "finetune", "finetuned_share": 0.25},
-    "fine-tuned, all layers": {"mode": "finetune"},
+    "fine-tuned, all layers": {"mode": "finetune", "finetuned_share": 1.0},
 }
 
 

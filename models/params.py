@@ -93,7 +93,10 @@ class ClusteringParams(Params):
         8, ge=0, le=10_000, description="Mode finetune: passes over the features as they are before the network learns."
     )
     finetuned_share: float = Field(
-        1.0, gt=0, le=1, description="Mode finetune: the last part of the network's layers that learns; 1: all of them."
+        0.25,
+        gt=0,
+        le=1,
+        description="Mode finetune: the last part of the network's layers that learns; 1: all of them.",
     )
     backbone_learning_rate: float = Field(
         3e-4, gt=0, le=1, description="Mode finetune: Adam's step size for the network."
