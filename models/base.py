@@ -15,12 +15,16 @@ IntArray = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Progress:
-    """One report of a long computation: `completed` of `total` items of `phase` (total None: unknown)."""
+    """One report of a long computation: `completed` of `total` items of `phase` (total None: unknown).
+
+    note: a sentence for whoever waits, where something went otherwise than asked for; it is never left out.
+    """
 
     phase: str
     completed: int
     total: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 OnProgress = Callable[[Progress], None]

@@ -8,6 +8,7 @@ ModelError
 │   └── TooFewSamples       fewer images, classes or patches than the method needs
 ├── UnreadableImage         one file that is no usable image; skipped and reported, never fatal
 ├── NotFitted               asked before `fit`
+├── OutOfDeviceMemory       a training step does not fit the device, however small its batch
 └── Cancelled               raised by a progress callback to stop the work
 """
 
@@ -78,6 +79,10 @@ class UnreadableImage(ModelError):
 
 class NotFitted(ModelError):
     """A fitted model was needed; call `fit` or `load` first."""
+
+
+class OutOfDeviceMemory(ModelError, MemoryError):
+    """The device's memory is too small for a step of training, and batches cannot get smaller."""
 
 
 class Cancelled(ModelError):

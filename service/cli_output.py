@@ -55,6 +55,7 @@ class JobBars:
         self._phase: str | None = None
         self._phase_began = self._began
         self._tasks: dict[str, TaskID] = {}
+        self._n_notes = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -85,6 +86,9 @@ class JobBars:
         note = f"about {duration(eta)} left" if eta is not None else duration(time.monotonic() - self._began)
         fraction = float(progress.get("fraction") or 0.0)
         self._progress.update(self._head, completed=fraction, count=f"{fraction:4.0%}", note=note)
+        for sentence in (progress.get("notes") or [])[self._n_notes :]:
+            self._out.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True)
+            self._n_notes += 1
         phase = progress.get("phase")
         if phase:
             self._show_phase(str(phase), progress)

@@ -323,7 +323,7 @@ class JobOut(BaseModel):
     id: str
     kind: str
     status: Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
-    progress: dict[str, Any] = Field(description="phase, completed, total, fraction, eta_s.")
+    progress: dict[str, Any] = Field(description="phase, completed, total, fraction, eta_s, metrics, notes.")
     queue_position: int | None
     attempts: int
     max_attempts: int

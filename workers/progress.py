@@ -115,6 +115,7 @@ class JobProgress:
         self._mute_until = -math.inf  # a Redis that is away must not slow the work down
         self._stop: Exception | None = None
         self._timeline = Timeline(phases, clock)
+        self._notes: list[str] = []
 
     def set_phases(self, phases: Sequence[tuple[str, float]]) -> None:
         """Announces the phases to come and their expected shares of the time; call once, before the first report."""
@@ -135,7 +136,9 @@ class JobProgress:
         with self._lock:
             self._timeline.update(progress.phase, progress.completed, progress.total)
             now = self._clock()
-            if now - self._written < self._interval_s:
+            if progress.note and progress.note not in self._notes:
+                self._notes.append(progress.note)
+            elif now - self._written < self._interval_s:
                 return
             self._written = now
             view = self._view(progress)
@@ -155,6 +158,7 @@ class JobProgress:
             "phases": self._timeline.phases,
             # JSON has no NaN, and a loss may well be one.
             "metrics": {name: float(v) for name, v in progress.metrics.items() if math.isfinite(v)},
+            "notes": list(self._notes),
         }
 
     def _write(self, view: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from redis import Redis, RedisError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from models.errors import Cancelled, InvalidInput
+from models.errors import Cancelled, InvalidInput, OutOfDeviceMemory
 from service.core import events, jobs
 from service.core.artifacts import ArtifactStore
 from service.core.db import Database, make_engine
@@ -201,6 +201,8 @@ def _passing_problem(error: Exception) -> Unavailable | None:
     """What to say of an error that may be gone at the next attempt; None for errors that will come again."""
     if isinstance(error, Unavailable):
         return error
+    if isinstance(error, OutOfDeviceMemory):  # of a device that others may use, too
+        return Unavailable(str(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
         return Unavailable("The job ran out of memory. Use smaller parameters or fewer images, or a larger machine.")
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:

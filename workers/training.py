@@ -94,6 +94,8 @@ def train_classifier(context: TaskContext) -> Publisher:
         search = {"search": {"trials": found.trials, "reason": found.reason}}
     model = create_classifier(inputs.row.method, params, seed=request["seed"], device=device)
     model.fit(*learned_from, **chosen_on, on_progress=context.progress, checkpoints=JobCheckpoints(context))
+    params = model.params  # with the batch size that the device's memory holds
+    warnings += [told] if (told := model.validation_.get("out_of_memory")) else []
     metrics: dict[str, Any] = {
         **search,
         "validation": model.validation_,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, PatchTable, Progress, ignore_progress
+from models.device_memory import with_smaller_batches
 from models.embedding.checks import check_table, class_numbers, patch_classes
 from models.embedding.epoch_choice import ValidationScorer, best_epoch, unit_knowledge
 from models.embedding.finetune import BackboneRows, TrainableBackbone
@@ -67,7 +68,10 @@ class PatchClustering:
         same classes, to score validation classes with; default: the mean of each image's patch features.
         validation_classes: held out to choose the number of epochs; the fit that counts then uses all classes.
         backbone: needed by mode 'finetune', and only there.
-        Raises TooFewSamples, ShapeMismatch, InvalidInput (NaN), UnknownName (a validation class not in the table).
+        Where batches do not fit the device's memory, it is done with smaller ones: `params` then hold their size, and
+        the report says so in its notes.
+        Raises TooFewSamples, ShapeMismatch, InvalidInput (NaN), UnknownName (a validation class not in the table),
+        OutOfDeviceMemory.
         """
         notes = check_table(patches, class_knowledge, self.params)
         if (self.params.mode == "finetune") != (backbone is not None):
@@ -77,13 +81,28 @@ class PatchClustering:
             patches.features, self.params.n_neighbors, device=self.device, on_progress=on_progress
         )
         task = _Task(patches, unit_knowledge(class_knowledge), neighbours, centre, spread, backbone)
+        held_out = class_numbers(patches.class_names, validation_classes)
+        about_epoch: list[str] = []
+
+        def train(params: ClusteringParams) -> None:
+            self.params = params
+            about_epoch[:] = self._fit(task, held_out, image_features, on_progress)
+
+        told = with_smaller_batches(self.params, train, lambda note: on_progress(Progress("clustering", 0, note=note)))
+        self.report_ = replace(self.report_, notes=(*notes, *about_epoch, *([told] if told else [])))
+        return self
+
+    def _fit(
+        self, task: _Task, held_out: IntArray, image_features: LabelledFeatures | None, on_progress: OnProgress
+    ) -> list[str]:
+        """Choose the epoch, then learn from all classes; returns notes on the choice."""
+        notes: list[str] = []
         self.history_ = []
         self.best_epoch_ = self.params.epochs
-        held_out = class_numbers(patches.class_names, validation_classes)
         on_progress(Progress("clustering", 0, 2 * self.params.epochs))  # starts the clock of the first epoch
         if self.params.early_stopping and len(held_out):
-            notes += self._choose_epoch(task, held_out, image_features, on_progress)
-        run = _Run(self, task, np.arange(len(patches.class_names)))
+            notes = self._choose_epoch(task, held_out, image_features, on_progress)
+        run = _Run(self, task, np.arange(len(task.table.class_names)))
         total = self._n_passes() + self.best_epoch_
         if run.warms_up:
             self.history_.append({"stage": "warm-up", **run.warm_up()})
@@ -91,13 +110,13 @@ class PatchClustering:
             self._record("fit", run.epoch(), on_progress, total)
         means, usage, winners = class_means(run.heads, run.patches)
         self.class_embeddings_ = means.cpu().numpy()
-        self.class_names_ = tuple(patches.class_names)
-        self.report_ = cluster_report(usage.cpu().numpy(), winners.cpu().numpy(), tuple(notes))
+        self.class_names_ = tuple(task.table.class_names)
+        self.report_ = cluster_report(usage.cpu().numpy(), winners.cpu().numpy())
         self.heads_ = run.heads.eval()
         self.backbone_ = None
         if isinstance(run.rows, BackboneRows):
             self.backbone_ = {name: tensor.cpu() for name, tensor in run.rows.module.state_dict().items()}
-        return self
+        return notes
 
     def assign(self, features: FloatArray) -> FloatArray:
         """(P, D) patch features -> (P, E) soft assignments, rows summing to one (Eq. 1); block by block.

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress, ignore_progress
 from models.catalog import get_method
+from models.device_memory import with_smaller_batches
 from models.errors import InvalidInput, NotFitted, ShapeMismatch, TooFewSamples
 from models.evaluation import zsl_report
 from models.params import Params
@@ -115,15 +116,37 @@ class ZeroShotModel(ABC):
         a function from class names to rows, asked for each fold, or the rows of the validation classes (which are
         then the only fold). Left out, their rows of `class_embeddings` stand in.
         checkpoints: where epochs are kept; a fit of the same inputs goes on from there, to the same bits on a CPU.
-        Raises ShapeMismatch, InvalidInput, TooFewSamples; lets `Cancelled` from `on_progress` pass.
+        Where batches do not fit the device's memory, it is done with smaller ones: `params` then hold their size, and
+        validation_ says so under `out_of_memory`.
+        Raises ShapeMismatch, InvalidInput, TooFewSamples, OutOfDeviceMemory; lets `Cancelled` from `on_progress` pass.
         """
         self._fitted = False
         raw, embeddings, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
-        names = features.class_names
-        self._tape = Tape(checkpoints, self._identity(raw, features.labels, folds) if checkpoints else "")
-        setting, tried, calibration = self._choose(raw, features.labels, names, folds, on_progress)
-        self._scaling = FeatureScaling(self._scaling_kind()).fit(raw)
-        rows = Rows(self._scaling(raw), features.labels, embeddings)
+        rows = Rows(raw, features.labels, embeddings)
+
+        def train(params: Params) -> None:
+            self.params = params
+            self._tape = Tape(checkpoints, self._identity(raw, features.labels, folds) if checkpoints else "")
+            self._fit(rows, features.class_names, folds, on_progress)
+
+        told = with_smaller_batches(self.params, train, lambda note: on_progress(Progress("training", 0, note=note)))
+        if told:
+            self.validation_["out_of_memory"] = told
+        self._dims = (raw.shape[1], embeddings.shape[1])
+        self._fitted = True
+        return self
+
+    def _fit(
+        self,
+        raw: Rows,
+        names: Sequence[str],
+        folds: list[tuple[IntArray, FloatArray]],
+        on_progress: OnProgress,
+    ) -> None:
+        """Choose on the folds, then learn from all rows, whose features are not scaled yet."""
+        setting, tried, calibration = self._choose(raw.features, raw.labels, names, folds, on_progress)
+        self._scaling = FeatureScaling(self._scaling_kind()).fit(raw.features)
+        rows = Rows(self._scaling(raw.features), raw.labels, raw.embeddings)
         used, trained = self._learn(rows, setting, on_progress)
         self.class_names_ = tuple(names)
         self.history_ = tried or trained
@@ -132,9 +155,6 @@ class ZeroShotModel(ABC):
         spread = self._spread(rows)
         self.gamma_, self.temperature_ = calibration.gamma * spread, calibration.temperature * spread
         self.validation_ = {**calibration.report, "setting": used}
-        self._dims = (raw.shape[1], embeddings.shape[1])
-        self._fitted = True
-        return self
 
     def assess(
         self,
@@ -147,8 +167,14 @@ class ZeroShotModel(ABC):
     ) -> dict[str, Any]:
         """What `fit` would report as validation_, without learning from all seen classes in the end."""
         raw, _, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
-        _, _, calibration = self._choose(raw, features.labels, features.class_names, folds, on_progress)
-        return calibration.report
+        report: dict[str, Any] = {}
+
+        def train(params: Params) -> None:
+            self.params = params
+            report.update(self._choose(raw, features.labels, features.class_names, folds, on_progress)[2].report)
+
+        with_smaller_batches(self.params, train, lambda note: on_progress(Progress("choosing", 0, note=note)))
+        return report
 
     def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
         """Compatibility (n_images, n_classes), float32, of raw features with any classes' embeddings; no refit."""

@@ -86,6 +86,7 @@ def _trial_progress(on_progress: OnProgress, number: int, n_trials: int) -> OnPr
 
     def report(progress: Progress) -> None:
         share = progress.completed / progress.total if progress.total else 0.0
-        on_progress(Progress("search", round(100 * (number + min(share, 1.0) * 0.99)), 100 * n_trials))
+        done = round(100 * (number + min(share, 1.0) * 0.99))
+        on_progress(Progress("search", done, 100 * n_trials, note=progress.note))
 
     return report

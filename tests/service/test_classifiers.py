@@ -7,12 +7,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from models import small_cnn
 from models.params import ScratchParams
 from models.small_cnn import train_small_cnn
 from models.zero_shot.checkpoints import Run, Tape
 from models.zero_shot.f_vaegan import FVAEGAN
+from models.zero_shot.sje import SJE
 from service.core import repositories
 from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
@@ -159,6 +161,47 @@ def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monke
     )
     assert resumed["history"] == plain["history"]
     assert resumed["validation"] == plain["validation"]
+
+
+def test_a_small_device_gets_smaller_batches_and_the_job_says_so(
+    live_api: LiveApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [4, 0]
+    original = SJE._loss
+
+    def loss(self: SJE, features: Any, labels: Any, embeddings: Any) -> Any:
+        if len(features) > held[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, features, labels, embeddings)
+
+    monkeypatch.setattr(SJE, "_loss", loss)
+    names = [f"breed {i}" for i in range(4)]
+    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
+    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
+    finish(live_api, knowledge["id"])
+    body = {
+        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
+        "knowledge_id": knowledge["resource"]["id"],
+        "unseen_classes": ["zebra"],
+        "params": {"epochs": 2, "batch_size": 8, "early_stopping": False},
+        "backbone": SMALL,
+        "image_size": 32,
+        "evaluate": False,
+    }
+    tasks = {"train_classifier": train_classifier}
+    job = checked(create(live_api, body), JobOut, 202)
+    ended = finish(live_api, job["id"], tasks)
+    assert ended["status"] == "succeeded", ended["error"]
+    assert "batches of 4 are used" in ended["progress"]["notes"][0]
+    row = checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)
+    assert row["params"]["batch_size"] == 4
+    assert row["metrics"]["validation"]["out_of_memory"] in row["metrics"]["warnings"]
+    held.pop(0)
+    job = checked(create(live_api, body), JobOut, 202)
+    live_api.set_job(job["id"], max_attempts=1)
+    ended = finish(live_api, job["id"], tasks)
+    assert ended["status"] == "failed"
+    assert "even hold batches of 1." in ended["error"]["detail"]
 
 
 @pytest.mark.parametrize(

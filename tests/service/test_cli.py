@@ -246,6 +246,15 @@ def test_job_bars_tell_each_phase_once_without_a_terminal(shown: io.StringIO) ->
     assert lines == ["Class", "features", "image", "done"]
 
 
+def test_job_bars_tell_each_note_once(shown: io.StringIO) -> None:
+    with cli_output.JobBars("Classifier") as bars:
+        for notes in ([], ["Batches of 8 are used."], ["Batches of 8 are used.", "Batches of 4 are used."]):
+            for completed in (0, 1):
+                progress = {"phase": "training", "completed": completed, "total": 9, "notes": notes}
+                bars.update({"status": "running", "progress": progress})
+    assert shown.getvalue().count("Batches of 8") == shown.getvalue().count("Batches of 4") == 1
+
+
 def test_job_bars_on_a_terminal_show_counts_and_what_is_left() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)

@@ -106,6 +106,19 @@ def test_reports_reach_database_and_stream_at_a_bounded_rate(database: Database,
     assert sent[-1] == view
 
 
+def test_notes_are_never_left_out_and_stay(database: Database, redis: Redis, running: str) -> None:
+    clock = Clock()
+    progress = JobProgress(database, redis, running, 1, [("a", 1.0)], clock=clock)
+    for note in ("", "smaller batches", "smaller batches", "smaller still"):  # all at one moment
+        progress(Progress("a", 0, note=note))
+    sent = [event.data["notes"] for event in events.read(redis, running)]
+    assert sent == [[], ["smaller batches"], ["smaller batches", "smaller still"]]
+    clock.now = 1.0
+    progress(Progress("a", 1))
+    with database.read() as session:
+        assert jobs.get_job(session, running).progress["notes"] == ["smaller batches", "smaller still"]
+
+
 def test_a_cancel_and_a_newer_attempt_stop_the_work(database: Database, redis: Redis, running: str) -> None:
     progress = JobProgress(database, redis, running, 1, interval_s=0)
     progress(Progress("a", 1))
