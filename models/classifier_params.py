@@ -40,6 +40,10 @@ class EpochParams(Params):
 class GradientParams(EpochParams):
     """What every classifier takes that learns a compatibility by gradient descent."""
 
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32", description="Matrix products of training steps; auto: bf16 on GPUs that have it, else fp32."
+    )
+
 
 class SJEParams(GradientParams):
     """Structured joint embedding, bilinear compatibility."""

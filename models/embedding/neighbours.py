@@ -15,6 +15,7 @@ from torch import Tensor
 from models.base import FloatArray, OnProgress, Progress, ignore_progress
 from models.embedding.rows import CachedRows, blocks, feature_statistics
 from models.errors import InvalidInput, TooFewSamples
+from models.precision import has_fast_bf16
 
 QUERY_ROWS = 4096
 KEY_ROWS = 2048
@@ -80,13 +81,6 @@ def nearest_neighbours(
         index[query] = search.neighbours(query)
         on_progress(Progress("neighbours", query.stop, len(features)))
     return NeighbourLists(index, torch.full((len(index),), search.k, device=device))
-
-
-def has_fast_bf16(device: str) -> bool:
-    """Whether bfloat16 matrix products run on this device's own instructions."""
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Search:

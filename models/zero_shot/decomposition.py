@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from models.base import OnProgress, Progress
 from models.generative_params import SEGZSLParams
+from models.precision import full_precision
 from models.zero_shot.generative import Averages
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import linear, perceptron
@@ -68,8 +69,9 @@ class Guess(nn.Module):
         log_variance = log_variance.tanh()
         wanted = (embeddings - self.mean) / self.scale  # (C, E)
         precision = (-log_variance).exp()
-        # |a - mu|^2 / sigma^2, multiplied out: no (B, C, E) in memory.
-        missed = precision @ wanted.square().T - 2 * (precision * mean) @ wanted.T  # (B, C)
+        with full_precision(residual.device):  # differences of large numbers follow
+            # |a - mu|^2 / sigma^2, multiplied out: no (B, C, E) in memory.
+            missed = precision @ wanted.square().T - 2 * (precision * mean) @ wanted.T  # (B, C)
         own = (precision * mean.square() + log_variance).sum(dim=1, keepdim=True)
         likelihood: Tensor = -0.5 * (missed + own)
         return likelihood
@@ -77,7 +79,8 @@ class Guess(nn.Module):
 
 def info_nce(semantic: Tensor, weight: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
     """InfoNCE of z_s (B, R) and the embeddings (C, E) of its classes (B,): log C less the cross-entropy (Eq. 7)."""
-    scores = semantic @ (weight @ embeddings.T)  # (B, C)
+    with full_precision(semantic.device):
+        scores = semantic @ (weight @ embeddings.T)  # (B, C)
     return math.log(len(embeddings)) - functional.cross_entropy(scores, labels)
 
 
@@ -92,7 +95,8 @@ def similarity_loss(semantic: Tensor, labels: Tensor, others: Tensor, other_labe
 
     Of z_s (B, R) against `others` (A, R); Eq. 10 has all rows against all, each against itself too.
     """
-    cosines = functional.normalize(semantic, dim=1) @ functional.normalize(others, dim=1).T  # (B, A)
+    with full_precision(semantic.device):
+        cosines = functional.normalize(semantic, dim=1) @ functional.normalize(others, dim=1).T  # (B, A)
     is_own = labels[:, None] == other_labels
     own = cosines.masked_fill(~is_own, -torch.inf).logsumexp(dim=1)
     return (cosines.logsumexp(dim=1) - own).mean()

@@ -23,7 +23,7 @@ from models.zero_shot.generative import Averages, Batches, draw
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import linear, perceptron
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, missed
-from models.zero_shot.wgan import Adversary, adam, descend, frozen
+from models.zero_shot.wgan import Adversary, adam, descend, descend_all, frozen
 
 GeneratorLoss = Callable[[Tensor, Tensor], Tensor]
 """(generated features (B, D), labels (B,)) -> what a method adds to the generator's loss."""
@@ -116,7 +116,7 @@ def train_with_feedback(
                     loss, vae_loss, fake = _generator_loss(network, params, adversary, real, embeddings, weight, chance)
                     if extra_loss is not None:
                         loss = loss + extra_loss(fake, data.labels[rows])
-                    _descend_all(optimizers, loss)
+                    descend_all(optimizers, loss)
                 averages.add(loss=loss, vae_loss=vae_loss, decoded=decoded)
         yield averages.means()
 
@@ -139,11 +139,3 @@ def _generator_loss(
     decoded = reconstruction_loss(network.semantic(fake)[0], embeddings, params.reconstruction)
     loss = vae_loss + params.gan_weight * adversary.judge(fake, embeddings) + params.reconstruction_weight * decoded
     return loss, vae_loss, fake
-
-
-def _descend_all(optimizers: list[torch.optim.Adam], loss: Tensor) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
-    for optimizer in optimizers:
-        optimizer.step()

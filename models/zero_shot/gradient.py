@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.base import FloatArray, OnProgress
 from models.classifier_params import GradientParams
+from models.precision import mixed
 from models.zero_shot.checkpoints import Chance, Run, Tape
 from models.zero_shot.epochs import EpochModel
 from models.zero_shot.folds import Rows
@@ -77,7 +78,8 @@ class GradientModel(EpochModel):
             loss = 0.0
             order = torch.randperm(len(features), generator=generator).to(self.device)
             for rows in torch.split(order, self.params.batch_size):
-                step_loss = objective(rows)
+                with mixed(self.params.precision, self.device):
+                    step_loss = objective(rows)
                 optimizer.zero_grad()
                 step_loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
                 optimizer.step()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.precision import full_precision
 from models.zero_shot.generative import draw
 from models.zero_shot.layers import perceptron
 
@@ -50,8 +51,9 @@ def vae_terms(network: VAEGAN, real: Tensor, embeddings: Tensor, chance: torch.G
 
 def missed(rebuilt: Tensor, real: Tensor) -> Tensor:
     """Binary cross-entropy of features in [0, 1], (B, D) each: sum over dimensions, mean over the batch."""
-    # Training features lie in [0, 1] but for rounding.
-    return functional.binary_cross_entropy(rebuilt, real.clamp(0, 1), reduction="none").sum(dim=1).mean()
+    with full_precision(real.device):  # torch refuses this loss in mixed precision
+        # Training features lie in [0, 1] but for rounding.
+        return functional.binary_cross_entropy(rebuilt, real.clamp(0, 1), reduction="none").sum(dim=1).mean()
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ starves narrow ones. Letters in trailing comments: B images of a step, D feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.generative_params import GANParams
+from models.precision import full_precision
 from models.zero_shot.checkpoints import Stateful
 from models.zero_shot.layers import linear
 
@@ -45,12 +46,13 @@ class Critic(nn.Module):
         """
         share = torch.rand(len(real), 1, generator=generator, device=real.device)
         between = (share * real + (1 - share) * fake).detach()
-        with torch.no_grad():
-            is_positive = self._before(between, embeddings) > 0  # (B, H)
-        slopes = torch.where(is_positive, 1.0, self.slope) * self.output.weight[0]
-        gradient = slopes @ self.hidden.weight[:, : self.feature_dim]  # (B, D)
-        # Without the small number a gradient of 0 would have a norm without derivative.
-        penalty: Tensor = ((gradient.square().sum(dim=1) + 1e-12).sqrt() - 1).square().mean()
+        with full_precision(real.device):
+            with torch.no_grad():
+                is_positive = self._before(between, embeddings) > 0  # (B, H)
+            slopes = torch.where(is_positive, 1.0, self.slope) * self.output.weight[0]
+            gradient = slopes @ self.hidden.weight[:, : self.feature_dim]  # (B, D)
+            # Without the small number a gradient of 0 would have a norm without derivative.
+            penalty: Tensor = ((gradient.square().sum(dim=1) + 1e-12).sqrt() - 1).square().mean()
         return penalty
 
     def _before(self, features: Tensor, embeddings: Tensor) -> Tensor:
@@ -96,9 +98,17 @@ def adam(params: GANParams, *networks: nn.Module) -> torch.optim.Adam:
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down the loss."""
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
-    optimizer.step()
+    descend_all([optimizer], loss)
+
+
+def descend_all(optimizers: Sequence[torch.optim.Optimizer], loss: Tensor) -> None:
+    """One step of each optimizer down the loss; gradients have the precision of what they are gradients of."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    with full_precision(loss.device):
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 @contextmanager
