@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from models.evaluation import ClassTable, evaluate
 from models.knowledge.base import require
 from models.params import BackboneParams, EmbeddingSetParams, Params, ScratchParams, SearchParams
 from models.zero_shot.base import create_classifier
+from models.zero_shot.checkpoints import CheckpointParts
 from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.search import search_params
 from service.core import repositories
@@ -82,6 +84,7 @@ def train_classifier(context: TaskContext) -> Publisher:
         "validation_embeddings": _embeddings_as_unseen(context, inputs),
     }
     search: dict[str, Any] = {}
+    checkpoints = CheckpointParts(JobCheckpoints(context))
     if searching is not None:
 
         def assess(candidate: Params, on_progress: OnProgress) -> dict[str, Any]:
@@ -89,11 +92,20 @@ def train_classifier(context: TaskContext) -> Publisher:
             return model.assess(*learned_from, **chosen_on, on_progress=on_progress)
 
         fixed = set(request["search_fixed"])
-        found = search_params(params, fixed, assess, searching, seed=request["seed"], on_progress=context.progress)
+        found = search_params(
+            params,
+            fixed,
+            assess,
+            searching,
+            seed=request["seed"],
+            on_progress=context.progress,
+            checkpoints=checkpoints.part("search"),
+            inputs=_digest(tables.train.features, tables.train.labels, embeddings),
+        )
         params = found.params
         search = {"search": {"trials": found.trials, "reason": found.reason}}
     model = create_classifier(inputs.row.method, params, seed=request["seed"], device=device)
-    model.fit(*learned_from, **chosen_on, on_progress=context.progress, checkpoints=JobCheckpoints(context))
+    model.fit(*learned_from, **chosen_on, on_progress=context.progress, checkpoints=checkpoints.part("fit"))
     params = model.params  # with the batch size that the device's memory holds
     warnings += [told] if (told := model.validation_.get("out_of_memory")) else []
     metrics: dict[str, Any] = {
@@ -304,6 +316,13 @@ def _stored_features(context: TaskContext, inputs: Inputs, names: tuple[str, ...
         {},
         0,
     )
+
+
+def _digest(*arrays: np.ndarray[Any, Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _is_seen(inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]:

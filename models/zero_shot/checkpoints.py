@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,42 @@ class FileCheckpoints:
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.path)
+
+
+class CheckpointParts:
+    """One place of checkpoints for several parts of a job, which follow each other; each finds its own again."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._states: State = (checkpoints.load() or {}).get("parts", {})
+
+    def part(self, name: str) -> Checkpoints:
+        """The checkpoints of the part of that name; what the others have kept stays beside."""
+        return _Part(self, name)
+
+    def load(self, name: str) -> State | None:
+        """What the part kept last."""
+        state: State | None = self._states.get(name)
+        return state
+
+    def save(self, name: str, state: State) -> None:
+        """Replaces it; all parts are written."""
+        self._states[name] = state
+        self._checkpoints.save({"parts": self._states})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part's checkpoints."""
+
+    all: CheckpointParts
+    name: str
+
+    def load(self) -> State | None:
+        return self.all.load(self.name)
+
+    def save(self, state: State) -> None:
+        self.all.save(self.name, state)
 
 
 class Chance:

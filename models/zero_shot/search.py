@@ -1,7 +1,8 @@
 """Search for the parameters of a classifier that matter, within a budget, on seen classes treated as unseen.
 
 Tree-structured Parzen estimators (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011), by
-Optuna. The first trial is the defaults, so that the search never ends below them on what it measures.
+Optuna. The first trial is the defaults, so that the search never ends below them on what it measures. Finished trials
+are kept: a search that was broken off tells the sampler of them again, in their order, and goes on as if it had not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from models.base import OnProgress, Progress
 from models.errors import InvalidInput
 from models.params import Params, SearchParams, search_space
+from models.zero_shot.checkpoints import SAVE_EVERY_S, Checkpoints
 
 Assess = Callable[[Params, OnProgress], Mapping[str, Any]]
 """(parameters, on_progress) -> what was measured on validation classes, `t1` and `h` among it."""
@@ -31,10 +33,20 @@ class SearchResult:
 
 
 def search_params(
-    base: Params, fixed: set[str], assess: Assess, budget: SearchParams, *, seed: int, on_progress: OnProgress
+    base: Params,
+    fixed: set[str],
+    assess: Assess,
+    budget: SearchParams,
+    *,
+    seed: int,
+    on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
+    inputs: str = "",
 ) -> SearchResult:
     """The best of `base` with parameters changed; those named in `fixed` stay.
 
+    checkpoints: where finished trials are kept; their seconds count for the budget. inputs: what tells the data of
+    `assess` from others, so that trials on others are not taken up.
     Raises InvalidInput where the method has nothing to search, or all of it is fixed.
     """
     space = {name: around for name, around in search_space(type(base)).items() if name not in fixed}
@@ -45,24 +57,62 @@ def search_params(
         )
     study = _study(seed)
     study.enqueue_trial({name: getattr(base, name) for name in space}, skip_if_exists=True)
-    started, trials = time.monotonic(), []
+    identity = f"{base!r} {sorted(fixed)} {budget.metric} {seed} {inputs}"
+    kept = _FinishedTrials(checkpoints, identity)
+    trials: list[dict[str, Any]] = []
     best, best_value, reason = base, -np.inf, f"All {budget.trials} trials were made."
     for number in range(budget.trials):
         trial = study.ask()
         chosen = {name: _suggest(trial, name, around) for name, around in space.items()}
         params = type(base).model_validate({**base.model_dump(), **chosen})
-        before = time.monotonic()
-        report = assess(params, _trial_progress(on_progress, number, budget.trials))
-        value = float(report[budget.metric] if budget.metric in report else report["t1"])
+        found = kept.take(number, chosen)
+        if found is None:
+            before = time.monotonic()
+            report = assess(params, _trial_progress(on_progress, number, budget.trials))
+            measured = {name: float(report[name]) for name in ("t1", "h") if name in report}
+            found = {"params": chosen, **measured, "seconds": time.monotonic() - before}
+        trials.append(found)
+        kept.save(trials)
+        value = found[budget.metric] if budget.metric in found else found["t1"]
         study.tell(trial, value)
-        found = {name: report[name] for name in ("t1", "h") if name in report}
-        trials.append({"params": chosen, **found, "seconds": round(time.monotonic() - before, 2)})
         if value > best_value:
             best, best_value = params, value
-        if time.monotonic() - started > budget.seconds:
+        if sum(done["seconds"] for done in trials) > budget.seconds:
             reason = f"The budget of {budget.seconds:g} s was spent after {number + 1} of {budget.trials} trials."
             break
-    return SearchResult(best, trials, reason)
+    return SearchResult(best, [{**trial, "seconds": round(trial["seconds"], 2)} for trial in trials], reason)
+
+
+class _FinishedTrials:
+    """Trials of an earlier attempt at the same search, and where those of this one are kept."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        identity: str,
+        *,
+        every_s: float = SAVE_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpoints, self._identity = checkpoints, identity
+        self._every_s, self._clock = every_s, clock
+        self._saved_at = clock()
+        saved = checkpoints.load() if checkpoints is not None else None
+        self._earlier = saved["trials"] if saved is not None and saved.get("identity") == identity else []
+
+    def take(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The earlier trial of that number, if it was one of the same parameters; after one that was not, no more."""
+        if number < len(self._earlier) and self._earlier[number]["params"] == chosen:
+            return dict(self._earlier[number])
+        self._earlier = self._earlier[:number]
+        return None
+
+    def save(self, trials: list[dict[str, Any]]) -> None:
+        """Keep what is done so far; not each time where trials are short."""
+        is_new = len(trials) > len(self._earlier)
+        if self._checkpoints is not None and is_new and self._clock() - self._saved_at >= self._every_s:
+            self._checkpoints.save({"identity": self._identity, "trials": trials})
+            self._saved_at = self._clock()
 
 
 def _study(seed: int) -> Any:

@@ -14,6 +14,7 @@ from models.params import ScratchParams
 from models.small_cnn import train_small_cnn
 from models.zero_shot.checkpoints import Run, Tape
 from models.zero_shot.f_vaegan import FVAEGAN
+from models.zero_shot.search import _FinishedTrials
 from models.zero_shot.sje import SJE
 from service.core import repositories
 from service.core.tables import Classifier
@@ -161,6 +162,55 @@ def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monke
     )
     assert resumed["history"] == plain["history"]
     assert resumed["validation"] == plain["validation"]
+
+
+def test_a_retried_search_goes_on_with_its_trials(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kept in (Tape, _FinishedTrials):
+        monkeypatch.setattr(kept.__init__, "__kwdefaults__", {**(kept.__init__.__kwdefaults__ or {}), "every_s": 0.0})
+    names = [f"race {i}" for i in range(6)]
+    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
+    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
+    finish(live_api, knowledge["id"])
+    body = {
+        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
+        "knowledge_id": knowledge["resource"]["id"],
+        "unseen_classes": ["zebra"],
+        "validation_classes": names[:2],
+        "params": {"epochs": 2, "folds": 1},
+        "search": {"trials": 5},
+        "backbone": SMALL,
+        "image_size": 32,
+        "evaluate": False,
+    }
+    begun = 0
+    broken = {4, 8}  # in the fourth trial; then, with the search done, in the training
+    original = SJE._make_network
+
+    def watched(self: SJE, *inputs: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if begun in broken:
+            raise RuntimeError("the machine burns")
+        return original(self, *inputs)
+
+    monkeypatch.setattr(SJE, "_make_network", watched)
+    tasks = {"train_classifier": train_classifier}
+    job = checked(create(live_api, body), JobOut, 202)
+    for _ in broken:
+        assert finish(live_api, job["id"], tasks)["status"] == "failed"
+        checked(live_api.client.post(f"/v1/jobs/{job['id']}/retry"), JobOut, 202)
+    ended = finish(live_api, job["id"], tasks)
+    assert ended["status"] == "succeeded", ended["error"]
+    assert begun <= 5 + 1 + 1 + 3  # five trials, one of them twice, the broken training, and the one that ended
+    broken.clear()
+    again = checked(create(live_api, body), JobOut, 202)
+    assert finish(live_api, again["id"], tasks)["status"] == "succeeded"
+    resumed, plain = (checked(live_api.client.get(j["resource"]["href"]), ClassifierOut) for j in (job, again))
+    assert resumed["params"] == plain["params"]
+    for row in (resumed, plain):
+        for trial in row["metrics"]["search"]["trials"]:
+            trial.pop("seconds")
+    assert resumed["metrics"] == plain["metrics"]
 
 
 def test_a_small_device_gets_smaller_batches_and_the_job_says_so(

@@ -12,8 +12,10 @@ from models.classifier_params import LATEMParams, SJEParams
 from models.errors import Cancelled, InvalidInput
 from models.params import Params, SearchParams, search_space
 from models.zero_shot.base import create_classifier
-from models.zero_shot.search import search_params
+from models.zero_shot.checkpoints import CheckpointParts
+from models.zero_shot.search import SearchResult, _FinishedTrials, search_params
 from tests.models.zero_shot.made_up import made_up
+from tests.models.zero_shot.test_checkpoints import Kept
 
 VALIDATION = ("class 1", "class 5", "class 9")
 
@@ -28,6 +30,13 @@ def near(wanted: float) -> Any:
         return {"t1": 0.1, "h": 1 / (1 + off) + 0.5 * (params.normalize == "l2")}
 
     return assess
+
+
+def save_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials here take no time, and are kept all the same."""
+    monkeypatch.setattr(
+        _FinishedTrials.__init__, "__kwdefaults__", {**(_FinishedTrials.__init__.__kwdefaults__ or {}), "every_s": 0.0}
+    )
 
 
 def test_search_finds_what_is_better_and_keeps_what_is_fixed() -> None:
@@ -60,6 +69,56 @@ def test_budget_of_seconds_ends_it_after_the_running_trial() -> None:
     found = search_params(SJEParams(), set(), near(0.01), budget, seed=0, on_progress=ignore_progress)
     assert len(found.trials) == 1
     assert "after 1 of 50" in found.reason
+
+
+def test_a_search_that_was_broken_off_goes_on_with_the_same_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_each(monkeypatch)
+    kept = Kept()
+    calls = 0
+
+    def assess(params: Params, on_progress: OnProgress) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise Cancelled("the worker is lost")
+        report: dict[str, Any] = near(0.01)(params, on_progress)
+        return report
+
+    def search(checkpoints: Kept | None, inputs: str = "here", **changes: Any) -> SearchResult:
+        budget = SearchParams(trials=12, **changes)
+        return search_params(
+            SJEParams(), {"scale"}, assess, budget, seed=0,
+            on_progress=ignore_progress, checkpoints=checkpoints, inputs=inputs,
+        )  # fmt: skip
+
+    with pytest.raises(Cancelled):
+        search(kept)
+    assert len(kept.states[-1]["trials"]) == 6
+    resumed = search(kept)
+    assert calls == 7 + 6
+    plain = search(None)
+    assert [trial["params"] for trial in resumed.trials] == [trial["params"] for trial in plain.trials]
+    assert (resumed.params, resumed.reason) == (plain.params, plain.reason)
+    calls = 100
+    assert len(search(kept).trials) == 12
+    assert calls == 100  # all of it was kept
+    search(kept, inputs="elsewhere")
+    assert calls == 112
+    kept.states[-1]["trials"] = [{**trial, "seconds": 100.0} for trial in kept.states[-1]["trials"]]
+    spent = search(kept, inputs="elsewhere", seconds=250)
+    assert "after 3 of 12" in spent.reason
+
+
+def test_parts_of_a_job_keep_their_checkpoints_side_by_side() -> None:
+    kept = Kept()
+    parts = CheckpointParts(kept)
+    parts.part("search").save({"trials": [1]})
+    parts.part("fit").save({"runs": [2]})
+    again = CheckpointParts(kept)
+    assert again.part("search").load() == {"trials": [1]}
+    assert again.part("fit").load() == {"runs": [2]}
+    assert again.part("else").load() is None
+    assert CheckpointParts(Kept([{"runs": [], "identity": "of an older version"}])).part("fit").load() is None
 
 
 def test_nothing_to_search_is_an_error() -> None:
