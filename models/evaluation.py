@@ -20,6 +20,7 @@ from models.base import FloatArray, IntArray, LabelledFeatures
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples, UnknownName
 
 BoolArray = NDArray[np.bool_]
+Confusion = tuple[tuple[int, int, int], ...]
 
 
 class Scorer(Protocol):
@@ -55,12 +56,15 @@ class ClassTable:
 
 @dataclass(frozen=True)
 class ZSLReport:
-    """Unseen images ranked among unseen classes. `confusion[i][j]`: images of classes[i] called classes[j]."""
+    """Unseen images ranked among unseen classes. confusion: (i, j, n): n images of classes[i] were called classes[j].
+
+    Of the confusion only what occurs is there, in ascending order: no more entries than images, however many classes.
+    """
 
     t1: float
     per_class: dict[str, float]
     classes: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: Confusion
     without_images: tuple[str, ...]
     n_images: int
     ece: float | None = None
@@ -72,6 +76,7 @@ class GZSLReport:
 
     ausuc: area under the curve of s over u as gamma runs (Chao et al. 2016), which no choice of gamma can help.
     ece: expected calibration error of the probabilities; None where no temperature was given.
+    confusion: as ZSLReport's, with `gamma`.
     """
 
     u: float
@@ -84,6 +89,8 @@ class GZSLReport:
     n_seen_images: int
     ausuc: float
     ece: float | None = None
+    classes: tuple[str, ...] = ()
+    confusion: Confusion = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,12 @@ def mean_per_class_accuracy(predicted: IntArray, labels: IntArray, classes: Sequ
     if np.isnan(accuracy).all():
         raise TooFewSamples("None of the classes has a test image, so there is no accuracy. Add test images.")
     return float(np.nanmean(accuracy))
+
+
+def confused(predicted: IntArray, labels: IntArray, n_classes: int) -> Confusion:
+    """(class, called, images) for every pair that occurs, right ones too, in ascending order."""
+    pairs, counts = np.unique(np.asarray(labels, np.int64) * n_classes + predicted, return_counts=True)
+    return tuple((int(p) // n_classes, int(p) % n_classes, int(n)) for p, n in zip(pairs, counts, strict=True))
 
 
 def harmonic_mean(u: float, s: float) -> float:
@@ -202,13 +215,11 @@ def zsl_report(
     """T1 from `scores` (n_images, n_classes) over the unseen classes alone; `labels` index the columns."""
     predicted = np.argmax(scores, axis=1)
     accuracy = per_class_accuracy(predicted, labels, range(len(names)))
-    confusion = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
     return ZSLReport(
         t1=mean_per_class_accuracy(predicted, labels, range(len(names))),
         per_class=_named(names, accuracy),
         classes=tuple(names),
-        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
+        confusion=confused(predicted, labels, len(names)),
         without_images=tuple(name for name, a in zip(names, accuracy, strict=True) if np.isnan(a)),
         n_images=len(labels),
         ece=None if temperature is None else calibration_error(scores, labels, temperature),
@@ -241,6 +252,8 @@ def gzsl_report(
         n_seen_images=n_seen,
         ausuc=area_under_curve(scores, labels, is_seen),
         ece=None if temperature is None else calibration_error(stacked, labels, temperature),
+        classes=tuple(names),
+        confusion=confused(predicted, labels, len(names)),
     )
 
 

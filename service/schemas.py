@@ -309,7 +309,10 @@ class ClassifierOut(BaseModel):
     method: str
     params: dict[str, Any]
     status: Literal["queued", "ready", "failed"]
-    metrics: dict[str, Any] = Field(description="zsl.t1; gzsl.u, s, h; per class; validation choice; curves; warnings.")
+    metrics: dict[str, Any] = Field(
+        description="zsl.t1; gzsl.u, s, h; per class; validation choice; curves; warnings. zsl.confusion and "
+        "gzsl.confusion: [i, j, n] where n test images of classes[i] were called classes[j]; lists leave them out."
+    )
     job_id: str | None
     created_at: datetime
 

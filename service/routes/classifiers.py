@@ -55,6 +55,16 @@ def classifier_out(row: Classifier) -> dict[str, Any]:
     return {name: getattr(row, name) for name in FIELDS}
 
 
+def listed(row: Classifier) -> dict[str, Any]:
+    """The same in a list: without the confusions, which may have as many entries as there are test images."""
+    short = {
+        name: {key: value for key, value in part.items() if key != "confusion"}
+        for name in ("zsl", "gzsl")
+        if (part := row.metrics.get(name))
+    }
+    return {**classifier_out(row), "metrics": {**row.metrics, **short}}
+
+
 @router.post(
     "",
     status_code=202,
@@ -176,10 +186,10 @@ def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, 
 
 @router.get("", response_model=Page[ClassifierOut])
 def list_classifiers(parts: PartsDep, paging: PagingDep) -> Response:
-    """Classifiers, newest first."""
+    """Classifiers, newest first; their metrics without the confusions."""
     with parts.database.read() as session:
         rows, more = repositories.page(session, Classifier, limit=paging.limit, cursor=paging.after)
-    return FastJSON(paging.out([classifier_out(row) for row in rows], more, lambda: rows[-1].id))
+    return FastJSON(paging.out([listed(row) for row in rows], more, lambda: rows[-1].id))
 
 
 @router.get("/{classifier_id}", response_model=ClassifierOut, responses=documented(NotFound))

@@ -19,6 +19,7 @@ from models.evaluation import (
     calibration_error,
     choose_common_gamma,
     choose_gamma,
+    confused,
     evaluate,
     gzsl_report,
     harmonic_mean,
@@ -158,10 +159,16 @@ def test_choose_gamma_needs_both_sides() -> None:
 def test_zsl_report_counts_confusions_and_names_empty_classes() -> None:
     scores = np.array([[1.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]])
     report = zsl_report(scores, np.array([0, 0, 0, 1]), ["a", "b", "c"])
-    assert report.confusion == ((2, 1, 0), (0, 1, 0), (0, 0, 0))
+    assert report.confusion == ((0, 0, 2), (0, 1, 1), (1, 1, 1))
     assert report.per_class == {"a": pytest.approx(2 / 3), "b": 1.0}
     assert report.without_images == ("c",)
     assert report.t1 == pytest.approx(5 / 6)
+
+
+def test_confusion_is_as_long_as_what_occurs() -> None:
+    labels, predicted = np.array([70_000, 3, 70_000]), np.array([3, 3, 3])
+    assert confused(predicted, labels, 100_000) == ((3, 3, 1), (70_000, 3, 2))
+    assert confused(np.empty(0, int), np.empty(0, int), 5) == ()
 
 
 def test_h_is_zero_when_no_unseen_class_is_right() -> None:
@@ -191,6 +198,10 @@ def test_evaluate_maps_names_and_equals_plain_rewrite() -> None:
     assert report.gzsl is not None
     assert report.gzsl.h == pytest.approx(plain_h(features, truth, [True, False, True, False], 0.3))
     assert report.gzsl.h == pytest.approx(harmonic_mean(report.gzsl.u, report.gzsl.s))
+    assert report.gzsl.classes == ("s1", "u1", "s2", "u2")
+    called = np.argmax(features - 0.3 * np.array([1, 0, 1, 0]), axis=1).tolist()
+    counts = Counter(zip(truth, called, strict=True))
+    assert report.gzsl.confusion == tuple((*pair, counts[pair]) for pair in sorted(counts))
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["gzsl"]["gamma"] == 0.3
 
 

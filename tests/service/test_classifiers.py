@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models import small_cnn
+from models.evaluation import Report, gzsl_report
 from models.params import ScratchParams
 from models.small_cnn import train_small_cnn
 from models.zero_shot.checkpoints import Run, Tape
@@ -252,6 +253,19 @@ def test_a_small_device_gets_smaller_batches_and_the_job_says_so(
     ended = finish(live_api, job["id"], tasks)
     assert ended["status"] == "failed"
     assert "even hold batches of 1." in ended["error"]["detail"]
+
+
+def test_confusions_are_with_the_classifier_and_not_in_lists(live_api: LiveApi) -> None:
+    classifier_id = live_api.classifier()
+    report = gzsl_report(np.eye(2), np.array([0, 1]), ["zebra", "cat"], np.array([False, True]), 0.0)
+    with live_api.parts.database.write() as session:
+        session.get_one(Classifier, classifier_id).metrics = {**Report(None, report).to_dict(), "gamma": 0.5}
+    row = checked(live_api.client.get(f"/v1/classifiers/{classifier_id}"), ClassifierOut)
+    assert row["metrics"]["gzsl"]["classes"] == ["zebra", "cat"]
+    assert row["metrics"]["gzsl"]["confusion"] == [[0, 0, 1], [1, 1, 1]]
+    rows = checked(live_api.client.get("/v1/classifiers"), Page[ClassifierOut])["data"]
+    row["metrics"]["gzsl"].pop("confusion")
+    assert next(r for r in rows if r["id"] == classifier_id) == row
 
 
 @pytest.mark.parametrize(
