@@ -45,12 +45,11 @@ class GenerativeParams(EpochParams):
         "others), linear softmax or SVM (trained again for each set of classes), nearest class mean or nearest row by "
         "cosine.",
     )
-    shrinkage: float = Field(
-        0.1,
+    shrinkage: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="lda: share of the identity in the covariance.",
-        json_schema_extra=searched(0.01, 0.9, log=True),
+        description="lda: share of the identity in the covariance; none: chosen on validation classes, 0.3 without.",
     )
     final_epochs: int = Field(25, ge=1, le=1000, description="softmax: passes over real and generated features.")
     final_learning_rate: float = Field(1e-3, gt=0, le=10, description="softmax: Adam's step size.")

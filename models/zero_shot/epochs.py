@@ -67,7 +67,7 @@ class EpochModel(ZeroShotModel):
         curve = [entry["validation_t1"] for entry in run.history]
 
         def may_get_better(entry: dict[str, float]) -> bool:
-            entry["validation_t1"] = self._validation_t1(validation)
+            entry.update(self._validate(validation))
             curve.append(entry["validation_t1"])
             kept.take(self.network, curve)
             on_progress(Progress("choosing", len(curve), epochs, _metrics(entry)))
@@ -95,6 +95,10 @@ class EpochModel(ZeroShotModel):
 
     def _begin(self, train: Rows) -> None:
         """Take in what a method needs of its training rows beside the network."""
+
+    def _validate(self, validation: Rows) -> dict[str, float]:
+        """`validation_t1` of the present state, and what else an epoch's entry is to tell."""
+        return {"validation_t1": self._validation_t1(validation)}
 
     def _pick(self, tried: list[History]) -> Setting:
         return {"epoch": float(choose_epoch([[entry["validation_t1"] for entry in history] for history in tried]))}

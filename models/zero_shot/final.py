@@ -26,6 +26,10 @@ from models.zero_shot.layers import linear
 
 CACHED_CLASSES = 100_000
 CACHED_SETS = 4
+SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9, 0.97)
+"""What is tried on validation classes. The more a generator errs about the means of new classes, the more is right."""
+SHRINKAGE = 0.3
+"""Without validation classes."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ class FinalClassifier(ABC):
 
     is_joint: ClassVar[bool] = False
 
-    def __init__(self, params: GenerativeParams, seed: int) -> None:
+    def __init__(self, params: GenerativeParams, seed: int, shrinkage: float | None = None) -> None:
         self.params, self.seed = params, seed
+        self.shrinkage = params.shrinkage if params.shrinkage is not None else shrinkage
 
     @abstractmethod
     def fit(self, real: RealRows) -> None:
@@ -77,8 +82,8 @@ class FinalClassifier(ABC):
 class _ByClass(FinalClassifier):
     """One summary (K, R) a class, kept for classes that come again."""
 
-    def __init__(self, params: GenerativeParams, seed: int) -> None:
-        super().__init__(params, seed)
+    def __init__(self, params: GenerativeParams, seed: int, shrinkage: float | None = None) -> None:
+        super().__init__(params, seed, shrinkage)
         self._generated: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @abstractmethod
@@ -112,29 +117,51 @@ class LinearDiscriminants(_ByClass):
     """
 
     def fit(self, real: RealRows) -> None:
+        self.fit_covariance(real)
+        shrinkage = self.shrinkage if self.shrinkage is not None else SHRINKAGE
+        # Row by row in memory, as it will be when it was saved and loaded: the order decides the last bits.
+        self._precision = torch.cholesky_inverse(self._factor(shrinkage)).float().contiguous()
+        del self._covariance
+
+    def fit_covariance(self, real: RealRows) -> None:
+        """All of `fit` that does not depend on the shrinkage."""
         counts = torch.bincount(real.labels, minlength=real.n_classes)  # (S,)
         sums = torch.zeros(real.n_classes, real.rows.shape[1], device=real.rows.device)
         self._means = sums.index_add_(0, real.labels, real.rows) / counts[:, None]  # (S, R)
         self._origin = self._means.mean(dim=0)
         # Classes weigh the same, as in the measures.
         within = (real.rows - self._means[real.labels]) * counts[real.labels, None].float().rsqrt()
-        covariance = (within.T @ within / real.n_classes).double()  # (R, R)
-        level = covariance.diagonal().mean().clamp(min=1e-12)
-        covariance *= 1 - self.params.shrinkage
-        covariance.diagonal().add_(self.params.shrinkage * level)
-        # Row by row in memory, as it will be when it was saved and loaded: the order decides the last bits.
-        self._precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance)).float().contiguous()
+        self._covariance = (within.T @ within / real.n_classes).double()  # (R, R)
 
     def scores(self, rows: Tensor, classes: Competing) -> Tensor:
-        means = torch.cat(self._summaries(classes)) - self._origin  # (C, R)
-        weight = means @ self._precision
-        return (rows - self._origin) @ weight.T - (weight * means).sum(dim=1) / 2
+        means = self._centred_means(classes)  # (C, R)
+        return self._scores_by(means @ self._precision, means, rows)
+
+    def scores_at(self, rows: Tensor, classes: Competing, shrinkage: float) -> Tensor:
+        """What `scores` would be with another shrinkage, (B, C), after `fit_covariance` alone."""
+        means = self._centred_means(classes)
+        weight = torch.cholesky_solve(means.T.double(), self._factor(shrinkage)).T.float()
+        return self._scores_by(weight, means, rows)
 
     def state(self) -> dict[str, Tensor]:
         return {"means": self._means, "origin": self._origin, "precision": self._precision}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._means, self._origin, self._precision = state["means"], state["origin"], state["precision"]
+
+    def _factor(self, shrinkage: float) -> Tensor:
+        """Cholesky factor of the shrunk covariance, (R, R)."""
+        level = self._covariance.diagonal().mean().clamp(min=1e-12)
+        covariance = self._covariance * (1 - shrinkage)
+        covariance.diagonal().add_(shrinkage * level)
+        factor: Tensor = torch.linalg.cholesky(covariance)
+        return factor
+
+    def _centred_means(self, classes: Competing) -> Tensor:
+        return torch.cat(self._summaries(classes)) - self._origin
+
+    def _scores_by(self, weight: Tensor, means: Tensor, rows: Tensor) -> Tensor:
+        return (rows - self._origin) @ weight.T - (weight * means).sum(dim=1) / 2
 
     def _summary(self, rows: Tensor) -> Tensor:
         return rows.mean(dim=-2, keepdim=True)
@@ -195,8 +222,8 @@ class _Joint(FinalClassifier):
 
     is_joint: ClassVar[bool] = True
 
-    def __init__(self, params: GenerativeParams, seed: int) -> None:
-        super().__init__(params, seed)
+    def __init__(self, params: GenerativeParams, seed: int, shrinkage: float | None = None) -> None:
+        super().__init__(params, seed, shrinkage)
         self._trained: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
 
     @abstractmethod
@@ -301,9 +328,9 @@ _KINDS: dict[str, type[FinalClassifier]] = {
 }
 
 
-def make_final(params: GenerativeParams, seed: int) -> FinalClassifier:
-    """The final classifier that `params` ask for, not yet fitted."""
-    return _KINDS[params.final](params, seed)
+def make_final(params: GenerativeParams, seed: int, shrinkage: float | None = None) -> FinalClassifier:
+    """The final classifier that `params` ask for, not yet fitted; `shrinkage` where they leave it open."""
+    return _KINDS[params.final](params, seed, shrinkage)
 
 
 def match_seen(embeddings: FloatArray, seen: FloatArray) -> IntArray:

@@ -22,8 +22,16 @@ from models.generative_params import GANParams, GenerativeParams
 from models.params import Params
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Chance, Run
-from models.zero_shot.epochs import EpochModel
-from models.zero_shot.final import Competing, FinalClassifier, LinearDiscriminants, RealRows, make_final, match_seen
+from models.zero_shot.epochs import REACH, EpochModel
+from models.zero_shot.final import (
+    SHRINKAGES,
+    Competing,
+    FinalClassifier,
+    LinearDiscriminants,
+    RealRows,
+    make_final,
+    match_seen,
+)
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import TrainingData
 
@@ -81,37 +89,61 @@ class GenerativeModel(EpochModel):
         self._train, self._seen = train, train.embeddings
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
-        learned = super()._learn(train, setting, on_progress)
-        self._final = make_final(self.params, self.seed)
+        used, history = super()._learn(train, setting, on_progress)
+        self._final = make_final(self.params, self.seed, (setting or {}).get("shrinkage"))
         self._final.fit(self._real(train))
-        return learned
+        return {**(setting or {}), **used}, history
 
-    def _validation_t1(self, validation: Rows) -> float:
+    def _validate(self, validation: Rows) -> dict[str, float]:
+        """T1 by linear discriminants; their shrinkage is the best for this epoch, unless it is given."""
         final = LinearDiscriminants(self.params, self.seed)
-        final.fit(self._real(self._train))
-        scores = self._scores(final, validation.features, validation.embeddings)
-        return zsl_report(scores, validation.labels, [str(i) for i in range(len(validation.embeddings))]).t1
+        final.fit_covariance(self._real(self._train))
+        rows, classes = self._represented(validation.features), self._competing(validation.embeddings)
+        names = [str(i) for i in range(len(validation.embeddings))]
+        tried = {
+            shrinkage: zsl_report(final.scores_at(rows, classes, shrinkage).cpu().numpy(), validation.labels, names).t1
+            for shrinkage in ([self.params.shrinkage] if self.params.shrinkage is not None else SHRINKAGES)
+        }
+        best = max(tried, key=lambda shrinkage: tried[shrinkage])
+        return {"validation_t1": tried[best], "shrinkage": best}
+
+    def _pick(self, tried: list[History]) -> Setting:
+        """The epoch, and the middle of what was the best shrinkage at it and its neighbours in each fold."""
+        setting = super()._pick(tried)
+        last = [min(int(setting["epoch"]), len(history)) for history in tried]
+        near = [
+            entry["shrinkage"]
+            for epoch, history in zip(last, tried, strict=True)
+            for entry in history[max(0, epoch - 1 - REACH) : epoch + REACH]
+        ]
+        return {**setting, "shrinkage": sorted(near)[len(near) // 2]}
 
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
         return self._scores(self._final, features, embeddings)
 
     @torch.no_grad()
     def _scores(self, final: FinalClassifier, features: FloatArray, embeddings: FloatArray) -> FloatArray:
-        seen = match_seen(embeddings, self._seen)
-        generated = _Generated(self, torch.from_numpy(np.ascontiguousarray(embeddings)).to(self.device))
-        competing = Competing(embeddings, seen, generated)
+        classes = self._competing(embeddings)
         found = np.empty((len(features), len(embeddings)), np.float32)
         for start in range(0, len(features), PART_ROWS):
-            part = torch.from_numpy(np.ascontiguousarray(features[start : start + PART_ROWS])).to(self.device)
-            scores = final.scores(self._represent(part), competing)
-            found[start : start + PART_ROWS] = scores.cpu().numpy()
+            part = slice(start, start + PART_ROWS)
+            found[part] = final.scores(self._represented(features[part]), classes).cpu().numpy()
         return found
 
+    def _competing(self, embeddings: FloatArray) -> Competing:
+        """The classes of unit `embeddings` (C, E) as the final classifier wants them."""
+        generated = _Generated(self, torch.from_numpy(np.ascontiguousarray(embeddings)).to(self.device))
+        return Competing(embeddings, match_seen(embeddings, self._seen), generated)
+
     @torch.no_grad()
+    def _represented(self, features: FloatArray) -> Tensor:
+        """(B, R) of scaled features (B, D)."""
+        parts = torch.split(torch.from_numpy(np.ascontiguousarray(features)), PART_ROWS)
+        return torch.cat([self._represent(part.to(self.device)) for part in parts])
+
     def _real(self, train: Rows) -> RealRows:
-        features = torch.from_numpy(train.features)
-        parts = [self._represent(part.to(self.device)) for part in torch.split(features, PART_ROWS)]
-        return RealRows(torch.cat(parts), torch.from_numpy(train.labels).to(self.device), len(train.embeddings))
+        labels = torch.from_numpy(train.labels).to(self.device)
+        return RealRows(self._represented(train.features), labels, len(train.embeddings))
 
     def _state(self) -> dict[str, FloatArray]:
         final = {_FINAL + name: tensor.detach().cpu().numpy() for name, tensor in self._final.state().items()}

@@ -15,7 +15,7 @@ from models.generative_params import FCLSWGANParams, FVAEGANParams, GANParams, G
 from models.zero_shot.base import load_classifier
 from models.zero_shot.f_clswgan import FCLSWGAN
 from models.zero_shot.f_vaegan import FVAEGAN
-from models.zero_shot.final import Competing, LinearDiscriminants, RealRows, make_final, match_seen
+from models.zero_shot.final import SHRINKAGES, Competing, LinearDiscriminants, RealRows, make_final, match_seen
 from models.zero_shot.generative import Batches
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, vae_terms
 from models.zero_shot.wgan import Adversary, Critic
@@ -114,6 +114,27 @@ def test_linear_discriminants_are_those_of_scikit_learn() -> None:
 
     theirs = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Shrunk()).fit(rows.numpy(), labels.numpy())
     np.testing.assert_allclose(ours, theirs.predict_log_proba(rows.numpy()), atol=1e-3)
+
+
+def test_shrinkages_are_tried_without_fitting_again() -> None:
+    rows, labels = rows_of_classes()
+    real, classes = RealRows(rows, labels, 6), competing(rows, labels, 6, 6)
+    tried = LinearDiscriminants(GenerativeParams(), 0)
+    tried.fit_covariance(real)
+    for shrinkage in (0.03, 0.9):
+        fitted = LinearDiscriminants(GenerativeParams(), 0, shrinkage)
+        fitted.fit(real)
+        torch.testing.assert_close(tried.scores_at(rows, classes, shrinkage), fitted.scores(rows, classes))
+
+
+def test_shrinkage_comes_from_validation_classes_unless_given() -> None:
+    params = FCLSWGANParams.model_validate({**SMALL, "synthetic_per_class": 20})
+    model = FCLSWGAN(params).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    chosen = model.validation_["setting"]["shrinkage"]
+    assert chosen in SHRINKAGES
+    given = FCLSWGANParams.model_validate({**params.model_dump(), "shrinkage": chosen})
+    again = FCLSWGAN(given).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    assert {entry["shrinkage"] for entry in again.history_} == {chosen}
 
 
 def test_seen_classes_are_known_by_their_vectors() -> None:
