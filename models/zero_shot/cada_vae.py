@@ -96,7 +96,7 @@ class CADAVAE(GenerativeModel):
     def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002 - one stage
         params, network, chance = self.params, self.network, data.generator
         optimizer = torch.optim.Adam(
-            network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, amsgrad=True
+            network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, amsgrad=True, fused=True
         )
         steps = Batches(len(data.features), params.batch_size, chance)
         data.run.resume(optimizer=optimizer, steps=steps)

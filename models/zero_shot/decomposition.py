@@ -129,6 +129,7 @@ class Decomposer:
                 lr=params.decomposition_learning_rate,
                 betas=(0.5, 0.999),
                 weight_decay=params.weight_decay,
+                fused=True,
             )
             for part in (network, guess)
         )

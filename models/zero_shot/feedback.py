@@ -93,7 +93,9 @@ def train_with_feedback(
     chance, device = data.generator, data.features.device
     adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], seed, str(device))
     of_vae, of_semantic = adam(params, network.vae), adam(params, network.semantic)
-    of_feedback = torch.optim.Adam(network.feedback.parameters(), lr=params.feedback_learning_rate, betas=(0.5, 0.999))
+    of_feedback = torch.optim.Adam(
+        network.feedback.parameters(), lr=params.feedback_learning_rate, betas=(0.5, 0.999), fused=True
+    )
     steps = Batches(len(data.features), params.batch_size, chance)
     data.run.resume(**adversary.parts(), vae=of_vae, semantic=of_semantic, feedback=of_feedback, steps=steps)
     half = max(1, params.steps_per_epoch // 2)

@@ -309,7 +309,7 @@ def train_softmax(
     """Weights (C, R) and bias (C,) of a linear softmax on rows (N, R) with labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     layer = linear(rows.shape[1], n_classes, generator).to(rows.device)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=learning_rate, betas=(0.5, 0.999), fused=True)
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(rows), generator=generator).to(rows.device), batch_size):
             loss = functional.cross_entropy(layer(rows[batch]), labels[batch])

@@ -54,7 +54,11 @@ class GradientModel(EpochModel):
     def _optimizer(self) -> torch.optim.Optimizer:
         params = self.params
         return torch.optim.Adam(
-            self.network.parameters(), lr=params.learning_rate, betas=(0.5, 0.999), weight_decay=params.weight_decay
+            self.network.parameters(),
+            lr=params.learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=params.weight_decay,
+            fused=True,
         )
 
     # -- what all share ------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_penalty_and_losses_stay_in_float32() -> None:
 
     def losses() -> list[torch.Tensor]:
         critic = Critic(12, 3, 16, chance())
-        penalty = critic.gradient_penalty(real, fake, embeddings, chance(4))
+        penalty = critic.compare(real, fake, embeddings, chance(4))[1]
         critic.zero_grad()
         descend(torch.optim.SGD(critic.parameters(), lr=1.0), penalty)
         return [

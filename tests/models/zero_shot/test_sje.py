@@ -81,7 +81,7 @@ def test_training_is_the_plain_loop_bit_for_bit(loss: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = (torch.randn(24, 8, generator=generator) * 0.02).requires_grad_()
     bias = torch.zeros(8, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], lr=3e-3, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam([weight, bias], lr=3e-3, betas=(0.5, 0.999), fused=True)
     for _ in range(4):
         for rows in torch.split(torch.randperm(len(features), generator=generator), 32):
             scores = 3.0 * ((features[rows] @ weight + bias) @ embeddings.T)
