@@ -23,6 +23,7 @@ class GenerativeParams(EpochParams):
     steps_per_epoch: int = Field(
         50, ge=1, le=100_000, description="Steps of the generator after which the epoch counts as over."
     )
+    patience: int = Field(10, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
     batch_size: int = Field(128, ge=2, le=65_536, description="Images a step.")
     learning_rate: float = Field(
         1e-4, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 3e-3, log=True)
@@ -37,7 +38,7 @@ class GenerativeParams(EpochParams):
         description="Groups of seen classes that take turns as unseen while settings are chosen, the validation "
         "classes first; 1: the validation classes alone.",
     )
-    hidden_dim: int = Field(1024, ge=1, le=16_384, description="Width of hidden layers; the papers: 4096.")
+    hidden_dim: int = Field(512, ge=1, le=16_384, description="Width of hidden layers; the papers: 4096.")
     synthetic_per_class: int = Field(300, ge=1, le=10_000, description="Generated features of each unseen class.")
     final: Literal["lda", "softmax", "svm", "nearest_mean", "nearest"] = Field(
         "lda",
