@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or say where it is: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(UV)' \
-		&& $(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[torch,dev]' \
+		&& $(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[torch,dev]' \
 		|| $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[torch,dev]'
 	@touch $@
 

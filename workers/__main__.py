@@ -22,6 +22,8 @@ def main() -> None:
 def _work(settings: Settings) -> None:
     # Imported late: the variables above must be set before torch is. Importing it here, once, lets every work-horse
     # start with it; it must not compute anything in this process, which forks.
+    import torch._dynamo  # noqa: F401 - or the first step of an optimizer imports it, 2 s in every job
+
     from workers.runner import open_services, run_job
     from workers.tasks import TASKS
     from workers.worker import serve
