@@ -74,7 +74,9 @@ class PSR(GradientModel):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         params = self.params
-        return torch.optim.Adam(self.network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay)
+        return torch.optim.Adam(
+            self.network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
+        )
 
     def _score(self, features: Tensor, embeddings: Tensor) -> Tensor:
         mapped = self.network.encoder(self.network.standardised(embeddings))  # (C, D)
@@ -93,7 +95,7 @@ class PSR(GradientModel):
             is_there = torch.bincount(labels, minlength=len(vectors)) > 0  # (C,)
             classes, position = is_there.nonzero()[:, 0], (is_there.cumsum(0) - 1)[labels]
             mapped = network.encoder(vectors[classes])  # (U, D)
-            total = relation_loss(rows, mapped[position])
+            total = relation_loss(rows, mapped, position)
             if lambda2:
                 errors = (vectors[classes] - network.decoder(mapped)).square().sum(dim=1)  # (U,)
                 total = total + lambda2 * errors[position].mean()
@@ -101,25 +103,26 @@ class PSR(GradientModel):
 
         return loss
 
-    def _relation_loss(self, data: TrainingData, vectors: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Mean of O1 + lambda1 O2 (B1: the squared error) of a step's row numbers (B,) and their f(y) (B, D)."""
+    def _relation_loss(self, data: TrainingData, vectors: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Mean of O1 + lambda1 O2 (B1: the squared error) of a step's row numbers (B,), f(y) (U, D), own f(y)s (B,)."""
         params = self.params
         if params.variant == "B1":
-            return lambda rows, mapped: functional.mse_loss(mapped, data.features[rows])
+            return lambda rows, mapped, position: functional.mse_loss(mapped[position], data.features[rows])
         everything_else = params.variant == "B2"
         tau, lambda1 = (1.0, 0.0) if everything_else else (params.tau, params.lambda1)
         relations = Relations.of(vectors, None if everything_else else tau)
         unit = functional.normalize(data.features, dim=1)
         miner = TupleMiner(unit, data.labels, relations, params.n_candidates, data.generator)
 
-        def loss(rows: Tensor, mapped: Tensor) -> Tensor:
-            anchors, labels = functional.normalize(mapped, dim=1), data.labels[rows]
+        def loss(rows: Tensor, mapped: Tensor, position: Tensor) -> Tensor:
+            unit_mapped, labels = functional.normalize(mapped, dim=1), data.labels[rows]
+            anchors, cosines = unit_mapped[position], miner.cosines(unit_mapped, position)  # (B, D)
             total = -_cosine(anchors, unit[rows]).mean()
-            pushed = miner.hardest_dissimilar(anchors.detach(), labels, tau)
+            pushed = miner.hardest_dissimilar(cosines, labels, tau)
             apart = dissimilar_term(_cosine(anchors, unit[pushed.rows]), pushed.delta, tau)
             total = total + (apart * pushed.exists).mean()
             if lambda1:
-                kept = miner.hardest_similar(anchors.detach(), labels, tau)
+                kept = miner.hardest_similar(cosines, labels, tau)
                 near = similar_term(_cosine(anchors, unit[kept.rows]), kept.delta, tau)
                 total = total + lambda1 * (near * kept.exists).mean()
             return total

@@ -2,7 +2,7 @@
 
 Everything is computed for a whole batch at once: an image of a similar class is found by drawing a number below how
 many such images there are, and looking it up in running totals a class. Letters in trailing comments: B images of a
-step, C classes, D features, N training images, P candidates.
+step, C classes, D features, N training images, P candidates, U anchors of a step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch.nn import functional
 
 CHUNK = 2**25
 """Numbers gathered at a time, 128 MiB: a large batch of wide features must not fill the memory."""
+ROWS_READ = 100
+"""Rows that a matrix product goes through in the time that one is read from anywhere in memory, about."""
+
+Cosines = Callable[[Tensor], Tensor]
+"""Row numbers of candidates (B, P) -> their cosines with the anchors, (B, P)."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +64,37 @@ class TupleMiner:
         self.totals_similar = (relations.similar * self.count).cumsum(dim=1)  # (C, C)
         self.totals_dissimilar = (relations.dissimilar * self.count).cumsum(dim=1)
 
-    def hardest_similar(self, anchors: Tensor, labels: Tensor, tau: float) -> Mined:
-        """Of the candidates of similar classes, the one with the largest O2 for `anchors` (B, D) of class `labels`."""
-        return self._hardest(anchors, labels, self.totals_similar, lambda s, delta: similar_term(s, delta, tau))
+    @torch.no_grad()
+    def cosines(self, anchors: Tensor, position: Tensor) -> Cosines:
+        """Cosines of a step's anchors, unit rows (U, D) of which image b has number `position` b, and candidates.
 
-    def hardest_dissimilar(self, anchors: Tensor, labels: Tensor, tau: float) -> Mined:
+        With few anchors all images are compared with each, once: reading candidates' rows one by one takes longer.
+        """
+        if len(anchors) * len(self.features) <= ROWS_READ * len(position) * self.n_candidates:
+            table = anchors @ self.features.T  # (U, N)
+            return lambda candidates: table[position[:, None], candidates]
+
+        def read(candidates: Tensor) -> Tensor:
+            size = max(1, CHUNK // (candidates.shape[1] * anchors.shape[1]))
+            parts = zip(torch.split(candidates, size), torch.split(position, size), strict=True)
+            return torch.cat([(self.features[some] @ anchors[own, :, None])[:, :, 0] for some, own in parts])
+
+        return read
+
+    def hardest_similar(self, cosines: Cosines, labels: Tensor, tau: float) -> Mined:
+        """Of the candidates of similar classes, the one with the largest O2 for images of classes `labels` (B,)."""
+        return self._hardest(cosines, labels, self.totals_similar, lambda s, delta: similar_term(s, delta, tau))
+
+    def hardest_dissimilar(self, cosines: Cosines, labels: Tensor, tau: float) -> Mined:
         """The same of dissimilar classes, by the second term of O1."""
-        return self._hardest(anchors, labels, self.totals_dissimilar, lambda s, delta: dissimilar_term(s, delta, tau))
+        return self._hardest(cosines, labels, self.totals_dissimilar, lambda s, delta: dissimilar_term(s, delta, tau))
 
     @torch.no_grad()
     def _hardest(
-        self, anchors: Tensor, labels: Tensor, totals: Tensor, hardness: Callable[[Tensor, Tensor], Tensor]
+        self, cosines: Cosines, labels: Tensor, totals: Tensor, hardness: Callable[[Tensor, Tensor], Tensor]
     ) -> Mined:
         candidates = self.draw(labels, totals)  # (B, P)
-        chunks = max(1, CHUNK // (candidates.shape[1] * anchors.shape[1]))
-        cosine = torch.cat(
-            [
-                (self.features[some] @ part[:, :, None])[:, :, 0]
-                for some, part in zip(torch.split(candidates, chunks), torch.split(anchors, chunks), strict=True)
-            ]
-        )  # (B, P)
+        cosine = cosines(candidates)
         delta = self.relations.delta[labels[:, None], self.labels[candidates]]  # (B, P)
         pick = hardness(cosine, delta).argmax(dim=1, keepdim=True)
         exists = (totals[labels, -1] > 0).to(delta.dtype)

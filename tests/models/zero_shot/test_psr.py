@@ -130,12 +130,15 @@ def test_candidates_are_even_draws_from_images_of_related_classes() -> None:
 
 
 @pytest.mark.parametrize("similar", [True, False])
-def test_the_hardest_of_the_candidates_is_kept(similar: bool) -> None:
+@pytest.mark.parametrize("rows_read", [0, 100])
+def test_the_hardest_of_the_candidates_is_kept(similar: bool, rows_read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.zero_shot.tuples.ROWS_READ", rows_read)  # 0: rows are read one by one
     tau = 0.2
     first, again = miner(), miner()
     labels = first.labels[:6]
     anchors = torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(4)), dim=1)
-    found: Mined = (first.hardest_similar if similar else first.hardest_dissimilar)(anchors, labels, tau)
+    cosines = first.cosines(anchors, torch.arange(6))
+    found: Mined = (first.hardest_similar if similar else first.hardest_dissimilar)(cosines, labels, tau)
     candidates = again.draw(labels, again.totals_similar if similar else again.totals_dissimilar)
     for b, label in enumerate(labels.tolist()):
         related = (first.relations.similar if similar else first.relations.dissimilar)[label]
@@ -150,12 +153,20 @@ def test_the_hardest_of_the_candidates_is_kept(similar: bool) -> None:
         assert float(found.delta[b]) == float(first.relations.delta[label, first.labels[found.rows[b]]])
 
 
-def test_gathering_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    anchors = torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(4)), dim=1)
-    whole = miner().hardest_dissimilar(anchors, miner().labels[:6], 0.0)
+def test_reading_in_chunks_or_comparing_with_all_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchors = torch.nn.functional.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(4)), dim=1)
+    position, labels = torch.tensor([2, 0, 1, 1, 3, 0]), torch.tensor([2, 0, 1, 1, 3, 0])
+
+    def found() -> torch.Tensor:
+        mined = miner()
+        return mined.hardest_dissimilar(mined.cosines(anchors, position), labels, 0.0).rows
+
+    compared = found()
+    monkeypatch.setattr("models.zero_shot.tuples.ROWS_READ", 0)
+    whole = found()
     monkeypatch.setattr("models.zero_shot.tuples.CHUNK", 8 * 5 * 2)
-    parts = miner().hardest_dissimilar(anchors, miner().labels[:6], 0.0)
-    assert torch.equal(whole.rows, parts.rows)
+    assert torch.equal(compared, whole)
+    assert torch.equal(whole, found())
 
 
 def test_images_of_a_class_without_a_vector_are_like_its_relatives() -> None:
