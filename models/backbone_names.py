@@ -90,3 +90,6 @@ BACKBONE_NAMES: frozenset[str] = frozenset(
         "wide_resnet50_2",
     )
 )
+
+FIXED_SIZE_NAMES: frozenset[str] = frozenset(name for name in BACKBONE_NAMES if name.startswith(("vit_", "maxvit_")))
+"""Networks that take images of one size; their last layers cannot be trained apart from the others."""

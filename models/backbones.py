@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -182,8 +182,27 @@ class SpatialBackbone:
         return maps.flatten(2).transpose(1, 2).flatten(1)
 
 
-FeatureNetwork = Backbone | SpatialBackbone
-"""What turns images into one feature vector each."""
+class FeatureNetwork(Protocol):
+    """What turns images into one feature vector each: a backbone, or a view of one."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of the vector."""
+
+    @property
+    def digest(self) -> str:
+        """Equal digests give equal features."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def max_batch(self) -> int:
+        """Images a forward pass at most."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, h, w) on any device -> float32 (B, feature_dim)."""
 
 
 def list_backbones() -> list[str]:

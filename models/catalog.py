@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from models import classic_params, classifier_params, generative_params, params
+from models import classic_params, classifier_params, generative_params, params, spatial_params
 from models.errors import UnknownName
 
 Kind = Literal["embedding", "relation", "classifier"]
@@ -163,6 +163,16 @@ METHODS: tuple[Method, ...] = (
         classifier_params.APNParams,
         "Attribute Prototype Network for Zero-Shot Learning (NeurIPS 2020)",
         "https://arxiv.org/abs/2008.08290",
+    ),
+    Method(
+        "apn_spatial",
+        "classifier",
+        "Attribute prototypes over the places of feature maps; may train the network's last layers on the photos.",
+        "models.zero_shot.apn_spatial:APNSpatial",
+        spatial_params.APNSpatialParams,
+        "Attribute Prototype Network for Zero-Shot Learning (NeurIPS 2020)",
+        "https://arxiv.org/abs/2008.08290",
+        features="spatial",
     ),
     Method(
         "psr",

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from models.backbone_names import BACKBONE_NAMES
+from models.backbone_names import BACKBONE_NAMES, FIXED_SIZE_NAMES
 from models.catalog import METHODS, Kind, get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
 from models.knowledge.base import Resolution
@@ -191,6 +191,16 @@ def plan_features(plan: Plan, method: str) -> None:
             "/method",
             f"{method!r} looks at the places of a feature map, and this dataset holds precomputed features, one vector "
             "an image. Use a dataset of images, or a method whose 'features' in GET /v1/methods is 'pooled'.",
+        )
+
+
+def plan_tuning(plan: Plan, params: Mapping[str, Any], network: str) -> None:
+    """The network's last layers can be trained apart, where the classifier's `params` ask for it."""
+    if params.get("mode") == "finetune" and network in FIXED_SIZE_NAMES:
+        plan.add(
+            "/params/mode",
+            f"The last layers of {network!r} cannot be trained apart from the others. Use a convolutional network, or "
+            "mode 'frozen'.",
         )
 
 

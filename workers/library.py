@@ -202,7 +202,7 @@ class Library:
         network = self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest))
         return Resident(
             classifier=model,
-            backbone=feature_network(network, row.method, size),
+            backbone=feature_network(network, row.method, size, row.params),
             size=size,
             class_names=(),
             embeddings=np.zeros((0, 0), dtype=np.float32),

@@ -100,11 +100,19 @@ def open_backbone(params: BackboneParams, settings: Settings, *, device: str, we
     return create_backbone(params.name, weights=weights, precision=params.precision, device=device)
 
 
-def feature_network(backbone: Backbone, method: str, size: int) -> FeatureNetwork:
-    """What makes the features that a classifier's method sees, of images of `size` pixels a side."""
+def feature_network(backbone: Backbone, method: str, size: int, params: Mapping[str, Any]) -> FeatureNetwork:
+    """What makes the features that a classifier's method sees, of images of `size` pixels a side.
+
+    params: the classifier's. Where it trains the network's last layers, it sees what enters these.
+    """
+    from models.backbone_parts import Trunk
     from models.backbones import SpatialBackbone
 
-    return SpatialBackbone(backbone, size) if get_method(method, "classifier").features == "spatial" else backbone
+    if get_method(method, "classifier").features == "pooled":
+        return backbone
+    if params.get("mode") == "finetune":
+        return Trunk(backbone, size, params["finetuned_share"])
+    return SpatialBackbone(backbone, size)
 
 
 def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:

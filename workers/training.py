@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 from sqlalchemy.orm import Session
 
+from models.backbone_parts import Trunk
 from models.base import FloatArray, LabelledFeatures, OnProgress
 from models.catalog import get_method
 from models.data.splits import choose_validation_classes
@@ -77,7 +78,8 @@ def train_classifier(context: TaskContext) -> Publisher:
     embeddings, warnings = _class_embeddings(context, inputs)
     tables = _features(context, inputs, device)
     validation = _validation_classes(inputs)
-    params = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
+    given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
+    params = _with_groups(context, inputs, given)
     learned_from = (tables.train, embeddings[: len(inputs.seen)])
     chosen_on: dict[str, Any] = {
         "validation_classes": validation,
@@ -189,6 +191,14 @@ def _class_embeddings(context: TaskContext, inputs: Inputs) -> tuple[FloatArray,
     return require(lookup, field="unseen_classes"), lookup.warnings
 
 
+def _with_groups(context: TaskContext, inputs: Inputs, params: Params) -> Params:
+    """Groups of attributes as the knowledge's own names tell them, where the method takes groups and none are given."""
+    if getattr(params, "attribute_groups", ()) is not None or inputs.embedding_set is not None:
+        return params
+    source = open_knowledge(inputs.knowledge, context.store, context.settings)
+    return params.model_copy(update={"attribute_groups": getattr(source, "attribute_groups", None)})
+
+
 def _validation_classes(inputs: Inputs) -> tuple[str, ...]:
     """As asked for; else those the embedding set used; else a seeded fifth of the seen classes."""
     asked = inputs.row.request["validation_classes"]
@@ -254,16 +264,17 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
     everything = [*rows.train, *rows.test_seen, *rows.test_unseen] if inputs.row.request["evaluate"] else [*rows.train]
     contents = [row.sha256 for row in everything]
     size = _image_size(inputs)
-    network = feature_network(backbone, inputs.row.method, size)
+    network = feature_network(backbone, inputs.row.method, size, inputs.row.params)
     table = image_features(context, contents, network, whole_image(size), phase="image_features")
     channels = getattr(network, "channels", None)
+    tail = network.tail() if isinstance(network, Trunk) else None
     bounds = np.cumsum([len(rows.train), len(rows.test_seen), len(rows.test_unseen)])
     group = np.searchsorted(bounds, table.image_index, side="right")
     labels = class_numbers([everything[i] for i in table.image_index], names)
 
     def part(k: int, classes: tuple[str, ...]) -> LabelledFeatures:
         features = np.asarray(table.features[group == k], dtype=np.float32)
-        return LabelledFeatures(features, labels[group == k], classes, channels)
+        return LabelledFeatures(features, labels[group == k], classes, channels, tail)
 
     train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
     about = describe_backbone(params, backbone)

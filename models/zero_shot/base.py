@@ -199,7 +199,7 @@ class ZeroShotModel(ABC):
             raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit before save.")
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {**self._state(), **self._scaling.state()}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / _WEIGHTS)
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, directory / _WEIGHTS)
         manifest = {
             "format": _FORMAT,
             "method": self.method,

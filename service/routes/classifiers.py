@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from models.catalog import get_method
 from models.errors import UnknownName
 from models.knowledge.names import normalize_class_name
-from models.params import search_space
+from models.params import EmbeddingSetParams, search_space
 from service.core import jobs, repositories
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
@@ -26,6 +26,7 @@ from service.planning import (
     plan_classes,
     plan_features,
     plan_known,
+    plan_tuning,
     plan_validation,
 )
 from service.problems import documented, validation_problems
@@ -92,9 +93,11 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
         dataset = repositories.get(session, Dataset, body.dataset_id)
         sizes = dataset_class_sizes(session, dataset)
         seen, unseen, known = body.seen_classes, body.unseen_classes, None
+        network = body.backbone
         if body.embedding_set_id is not None:
             row = require_ready(session, repositories.get(session, EmbeddingSet, body.embedding_set_id))
             known = dict(repositories.class_names_of(session, row.id))
+            network = network or EmbeddingSetParams.model_validate(row.params).backbone
             seen, unseen = _classes_from_set(known, seen, unseen)
         plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes, spelled=known)
         if known is not None:
@@ -106,6 +109,8 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
             plan.add("/backbone", "With knowledge_id, say which network makes the image features: 'backbone'.")
         elif dataset.kind == "features":
             plan_features(plan, body.method)
+        if dataset.kind == "images" and network is not None:
+            plan_tuning(plan, params, network.name)
         if body.scratch is not None and (body.backbone is None or body.backbone.weights != "scratch"):
             plan.add("/scratch", "Nothing is trained from scratch: give a 'backbone' with weights 'scratch', too.")
     plan_validation(plan, body.validation_classes, "/validation_classes")

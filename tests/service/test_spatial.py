@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from models.backbone_parts import Trunk
+from models.backbones import create_backbone
+from models.zero_shot.apn_spatial import APNSpatial
+from models.zero_shot.base import load_classifier
 from service.answers import ClassifyOut
-from service.core.tables import Dataset
+from service.core.tables import Classifier, Dataset
 from service.schemas import ClassifierOut, JobOut, MethodOut
 from tests.service.harness import LiveApi, Server, checked, png, problem
 from tests.service.tasks import finish
+from workers.engine import prepare_image
 from workers.inference import create_inference_app
+from workers.library import CLASSIFIER_FILES
+from workers.sources import unpack
 from workers.training import train_classifier
 
 NETWORK = {"name": "small_cnn", "weights": "random"}
@@ -39,13 +49,26 @@ def knowledge(api: LiveApi) -> str:
     return str(job["resource"]["id"])
 
 
-def test_a_classifier_on_maps_trains_on_photos_and_classifies_one(api: LiveApi) -> None:
+APN = {"epochs": 2, "warmup_epochs": 1, "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("sc_egg", QUICK),
+        ("apn_spatial", APN),
+        ("apn_spatial", {**APN, "mode": "finetune", "backbone_learning_rate": 0.1}),
+    ],
+)
+def test_a_classifier_on_maps_trains_on_photos_and_classifies_one(
+    api: LiveApi, method: str, params: dict[str, Any]
+) -> None:
     body = {
         "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
         "knowledge_id": knowledge(api),
         "unseen_classes": ["zebra"],
-        "method": "sc_egg",
-        "params": QUICK,
+        "method": method,
+        "params": params,
         "backbone": NETWORK,
         "image_size": 32,
     }
@@ -59,6 +82,54 @@ def test_a_classifier_on_maps_trains_on_photos_and_classifies_one(api: LiveApi) 
     (found,) = checked(answer, ClassifyOut)["data"]
     assert found["error"] is None
     assert sorted(entry["label"] for entry in found["predictions"]) == ["cat", "dog", "zebra"]
+
+
+def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(api: LiveApi, tmp_path: Path) -> None:
+    body = {
+        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
+        "knowledge_id": knowledge(api),
+        "unseen_classes": ["zebra"],
+        "method": "apn_spatial",
+        "params": {**APN, "mode": "finetune", "backbone_learning_rate": 0.1, "early_stopping": False},
+        "backbone": NETWORK,
+        "image_size": 32,
+    }
+    job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
+    assert finish(api, job["id"], {"train_classifier": train_classifier})["status"] == "succeeded"
+    form = {"classifier_id": job["resource"]["id"], "class_names": "cat,dog,zebra", "gamma": "0"}
+    answer = api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
+    told = {entry["label"]: entry["score"] for entry in checked(answer, ClassifyOut)["data"][0]["predictions"]}
+    with api.parts.database.read() as session:
+        row = session.get_one(Classifier, job["resource"]["id"])
+    model = load_classifier(unpack(api.parts.store, row.artifacts, CLASSIFIER_FILES, tmp_path))
+    pixels = prepare_image(png(99), 32)[None]
+    trunk = Trunk(create_backbone("small_cnn", weights=None), 32, row.params["finetuned_share"])
+    vectors = np.array([[1.0, 0.0, 0.2], [0.0, 1.0, 0.1], [0.7, 0.7, 1.0]], np.float32)
+    features = trunk.features(pixels).to(torch.float16).numpy().astype(np.float32)
+    scores = np.exp(model.scores(features, vectors)[0].astype(np.float64) / model.temperature_)
+    wanted = scores / scores.sum()
+    assert [told[name] for name in ("cat", "dog", "zebra")] == pytest.approx(wanted, abs=1e-4)
+    assert isinstance(model, APNSpatial)
+    assert model.network.tail is not None
+    with torch.no_grad():
+        learned, before = (tail(torch.from_numpy(features)) for tail in (model.network.tail, trunk.tail()))
+    assert not torch.allclose(learned, before)
+
+
+def test_networks_whose_last_layers_cannot_be_trained_apart_are_refused_at_once(live_api: LiveApi) -> None:
+    body: dict[str, Any] = {
+        "dataset_id": live_api.dataset(),
+        "knowledge_id": live_api.knowledge(),
+        "unseen_classes": ["zebra"],
+        "method": "apn_spatial",
+        "params": {"mode": "finetune"},
+        "backbone": {"name": "vit_b_32", "weights": "random"},
+    }
+    answer = problem(live_api.client.post("/v1/classifiers", json=body), 422, "cannot be trained apart")
+    assert "/params/mode" in [entry["pointer"] for entry in answer["errors"]]
+    body["params"] = {"mode": "finetune", "normalize": "minmax"}
+    body["backbone"]["name"] = "resnet18"
+    problem(live_api.client.post("/v1/classifiers", json=body), 422, "'normalize' must be 'none'")
 
 
 def test_precomputed_features_are_refused_before_a_job_is_queued(live_api: LiveApi) -> None:
@@ -76,5 +147,5 @@ def test_precomputed_features_are_refused_before_a_job_is_queued(live_api: LiveA
 
 
 def test_methods_say_what_they_see(live_api: LiveApi) -> None:
-    for name, wanted in (("sc_egg", "spatial"), ("tf_vaegan", "pooled")):
+    for name, wanted in (("sc_egg", "spatial"), ("apn_spatial", "spatial"), ("apn", "pooled"), ("tf_vaegan", "pooled")):
         assert checked(live_api.client.get(f"/v1/methods/{name}"), MethodOut)["features"] == wanted

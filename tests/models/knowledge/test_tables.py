@@ -333,3 +333,19 @@ def test_awa_attributes_agree_between_mat_and_npz() -> None:
     a, b = mat.vectors, require(own.lookup(mat.class_names))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosine.min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["colour::red", "shape::round", "colour::blue"], (0, 1, 0)),
+        (["colour::red", "round", "colour::blue"], None),
+        (["red", "round", "blue"], None),
+        (None, None),
+    ],
+)
+def test_groups_of_attributes_are_read_from_names_of_all_of_them(
+    names: list[str] | None, groups: tuple[int, ...] | None
+) -> None:
+    table = class_table("attributes" if names else "class_vectors", ["cat"], [[1.0, 2.0, 3.0]], names)
+    assert table.attribute_groups == groups
