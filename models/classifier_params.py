@@ -21,6 +21,9 @@ class EpochParams(Params):
         3e-3, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(3e-4, 3e-2, log=True)
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Adam's weight decay.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Matrix products of training steps; auto: bf16 on GPUs that have it, else fp32."
+    )
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "centered",
         description="Scaling of the image features.",

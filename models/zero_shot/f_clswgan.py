@@ -19,6 +19,7 @@ from torch.nn import functional
 from models.base import OnProgress
 from models.generative_params import FCLSWGANParams
 from models.params import Params
+from models.precision import full_precision
 from models.zero_shot.final import train_softmax
 from models.zero_shot.generative import Averages, Batches, GenerativeModel, draw, noise_dim
 from models.zero_shot.gradient import TrainingData
@@ -49,15 +50,16 @@ class FCLSWGAN(GenerativeModel):
 
     def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002 - quick
         params, chance = self.params, data.generator
-        weight, bias = train_softmax(
-            data.features,
-            data.labels,
-            len(data.embeddings),
-            epochs=params.class_epochs,
-            learning_rate=params.final_learning_rate,
-            batch_size=params.batch_size,
-            seed=self.seed,
-        )
+        with full_precision(data.features.device):
+            weight, bias = train_softmax(
+                data.features,
+                data.labels,
+                len(data.embeddings),
+                epochs=params.class_epochs,
+                learning_rate=params.final_learning_rate,
+                batch_size=params.batch_size,
+                seed=self.seed,
+            )
         adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], self.seed, self.device)
         optimizer = adam(params, self.network)
         steps = Batches(len(data.features), params.batch_size, chance)

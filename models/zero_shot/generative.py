@@ -20,6 +20,7 @@ from models.base import FloatArray, IntArray, OnProgress
 from models.evaluation import zsl_report
 from models.generative_params import GANParams, GenerativeParams
 from models.params import Params
+from models.precision import mixed
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Chance, Run
 from models.zero_shot.epochs import REACH, EpochModel
@@ -81,8 +82,10 @@ class GenerativeModel(EpochModel):
         self.network = self._make_network(features.shape[1], embeddings.shape[1], weights).to(self.device)
         run.add(network=self.network, chance=Chance(chance))
         data = TrainingData(features, labels, embeddings, chance, run)
-        first = len(run.history) + 1
-        for epoch, losses in zip(range(first, epochs + 1), self._training(data, on_progress), strict=False):
+        training = self._training(data, on_progress)
+        for epoch in range(len(run.history) + 1, epochs + 1):
+            with mixed(self.params.precision, self.device):  # left before validation has its turn
+                losses = next(training)
             yield {"epoch": float(epoch), **losses}
 
     def _begin(self, train: Rows) -> None:

@@ -24,6 +24,7 @@ from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, igno
 from models.errors import InvalidInput, NotFitted, ShapeMismatch
 from models.generative_params import SCEGGParams
 from models.params import Params
+from models.precision import mixed
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Checkpoints
 from models.zero_shot.checks import EmbeddingsOf
@@ -169,7 +170,8 @@ class SCEGG(GenerativeModel):
         features, labels, embeddings = (
             torch.from_numpy(array).to(self.device) for array in (train.features, train.labels, train.embeddings)
         )
-        train_scen(self.scen, self.params, TrainingData(features, labels, embeddings, chance), on_progress)
+        with mixed(self.params.precision, self.device):
+            train_scen(self.scen, self.params, TrainingData(features, labels, embeddings, chance), on_progress)
         compressed = torch.from_numpy(self._visual(train.features)).to(self.device)
         self.scen.fit_scale(compressed)
         found = Rows(self.scen.scaled(compressed).cpu().numpy(), train.labels, train.embeddings)

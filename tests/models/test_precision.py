@@ -37,14 +37,16 @@ def fit(name: str, **changes: Any) -> tuple[ZeroShotModel, FloatArray]:
 
 @pytest.mark.parametrize("name", METHODS_WITH_STEPS)
 def test_every_trained_method_takes_it_and_learns(name: str) -> None:
-    full, half, auto = (fit(name, precision=precision) for precision in ("fp32", "bf16", "auto"))
-    assert np.array_equal(full[1], auto[1])  # to the bit: a CPU is no GPU
-    assert not np.array_equal(full[1], half[1])
-    t1, half_t1 = (
-        zsl_report(scores, DATA.unseen.labels, list(DATA.unseen.class_names)).t1 for scores in (full[1], half[1])
-    )
-    assert half_t1 > max(t1 - 0.15, 0.3)  # by chance: 0.25
-    assert all(array.dtype != torch.bfloat16 for array in half[0]._state().values())
+    model, scores = fit(name, precision="bf16", epochs=min(8, getattr(quick(name), "epochs", 8)))
+    assert zsl_report(scores, DATA.unseen.labels, list(DATA.unseen.class_names)).t1 > 0.5  # by chance: 0.25
+    assert all(array.dtype in (np.float16, np.float32, np.int64) for array in model._state().values())
+
+
+@pytest.mark.parametrize("name", ["sje", "se_gzsl"])
+def test_by_default_a_cpu_computes_in_float32(name: str) -> None:
+    full, half, auto = (fit(name, precision=precision, epochs=2)[1] for precision in ("fp32", "bf16", "auto"))
+    assert np.array_equal(full, auto)  # to the bit
+    assert not np.array_equal(full, half)
 
 
 def test_layers_multiply_in_bfloat16_and_answer_in_float32() -> None:
