@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Params(BaseModel):
-    """Base of all parameter classes: immutable, unknown names refused."""
+    """Base of all parameter classes: immutable; unknown names, NaN and infinity refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def searched(
@@ -156,8 +156,12 @@ class EmbeddingSetParams(Params):
 class ESZSLParams(Params):
     """Embarrassingly simple zero-shot learning, closed form."""
 
-    gamma: float | None = Field(None, gt=0, description="Ridge on features; empty: chosen on validation classes.")
-    lamda: float | None = Field(None, gt=0, description="Ridge on embeddings; empty: chosen on validation classes.")
+    gamma: float | None = Field(
+        None, gt=0, le=1e12, description="Ridge on features; empty: chosen on validation classes."
+    )
+    lamda: float | None = Field(
+        None, gt=0, le=1e12, description="Ridge on embeddings; empty: chosen on validation classes."
+    )
     normalize: Literal["centered", "minmax", "l2", "none"] = Field(
         "centered", description="Scaling of the image features."
     )

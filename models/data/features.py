@@ -23,6 +23,8 @@ from models.data.splits import ClassSplit, choose_validation_classes, list_names
 from models.errors import InvalidInput, ShapeMismatch
 
 DEFAULT_MAX_BYTES = 16 * 2**30
+LARGEST_FEATURE = 1e15
+"""Sums of squares of a hundred million numbers like it still fit float32."""
 
 Rows = NDArray[np.int64]
 
@@ -328,6 +330,11 @@ def _refuse_non_finite(matrix: NDArray[np.float32], key: str) -> None:
             for start in range(0, len(matrix), step)
         ]
     )
+    if not bad.size and max(matrix.max(), -matrix.min()) > LARGEST_FEATURE:
+        raise InvalidInput(
+            f"{key} reaches {max(matrix.max(), -matrix.min()):.0e}, and squares of it would overflow. Scale it down.",
+            field=key,
+        )
     if bad.size:
         shown = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
         raise InvalidInput(

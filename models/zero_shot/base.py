@@ -28,7 +28,7 @@ from models.evaluation import zsl_report
 from models.params import Params
 from models.zero_shot.calibration import Calibration, FoldScores, calibrate
 from models.zero_shot.checkpoints import Checkpoints, Tape
-from models.zero_shot.checks import EmbeddingsOf, as_unseen, checked, positions, unit_embeddings
+from models.zero_shot.checks import EmbeddingsOf, as_unseen, checked, positions, real_numbers, unit_embeddings
 from models.zero_shot.folds import Rows, class_folds, held_out_slice
 from models.zero_shot.scaling import FeatureScaling, Scaling
 
@@ -122,11 +122,11 @@ class ZeroShotModel(ABC):
         """
         self._fitted = False
         raw, embeddings, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
-        rows = Rows(raw, features.labels, embeddings)
+        rows = Rows(raw, features.labels.astype(np.int64), embeddings)
 
         def train(params: Params) -> None:
             self.params = params
-            self._tape = Tape(checkpoints, self._identity(raw, features.labels, folds) if checkpoints else "")
+            self._tape = Tape(checkpoints, self._identity(raw, rows.labels, folds) if checkpoints else "")
             self._fit(rows, features.class_names, folds, on_progress)
 
         told = with_smaller_batches(self.params, train, lambda note: on_progress(Progress("training", 0, note=note)))
@@ -167,11 +167,12 @@ class ZeroShotModel(ABC):
     ) -> dict[str, Any]:
         """What `fit` would report as validation_, without learning from all seen classes in the end."""
         raw, _, folds = self._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+        labels = features.labels.astype(np.int64)
         report: dict[str, Any] = {}
 
         def train(params: Params) -> None:
             self.params = params
-            report.update(self._choose(raw, features.labels, features.class_names, folds, on_progress)[2].report)
+            report.update(self._choose(raw, labels, features.class_names, folds, on_progress)[2].report)
 
         with_smaller_batches(self.params, train, lambda note: on_progress(Progress("choosing", 0, note=note)))
         return report
@@ -180,7 +181,7 @@ class ZeroShotModel(ABC):
         """Compatibility (n_images, n_classes), float32, of raw features with any classes' embeddings; no refit."""
         if not self._fitted:
             raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
-        features = np.asarray(features)
+        features = real_numbers(features, "features")
         if features.ndim != 2 or features.shape[1] != self._dims[0]:
             raise ShapeMismatch(f"features {features.shape} must be (n_images, {self._dims[0]}), as in training.")
         if not np.isfinite(features).all():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from models.base import FloatArray, IntArray, LabelledFeatures
+from models.data.features import LARGEST_FEATURE
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples
 from models.zero_shot.scaling import unit_rows
 
@@ -16,13 +17,22 @@ EmbeddingsOf = Callable[[Sequence[str]], FloatArray]
 
 def checked(features: LabelledFeatures, class_embeddings: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Float32 features and unit embeddings, or an error that says what does not fit."""
-    raw, labels = np.asarray(features.features, np.float32), features.labels
+    raw, labels = real_numbers(features.features, "features"), np.asarray(features.labels)
     if raw.ndim != 2 or labels.shape != (len(raw),):
         raise ShapeMismatch(f"features {raw.shape} and labels {labels.shape} must be one row and one label an image.")
     if len(raw) == 0:
         raise TooFewSamples("There are no training images. Give images of at least 2 seen classes.")
+    if raw.shape[1] == 0:
+        raise ShapeMismatch(f"features {raw.shape} hold no numbers of an image. Give at least one column.")
     if not np.isfinite(raw).all():
         raise InvalidInput("The training features hold NaN or infinite values. Remove or repair those rows.")
+    if max(raw.max(), -raw.min()) > LARGEST_FEATURE:
+        raise InvalidInput(
+            f"The training features reach {max(raw.max(), -raw.min()):.0e}, and their squares would overflow. "
+            f"Scale them to below {LARGEST_FEATURE:.0e}."
+        )
+    if labels.dtype.kind not in "ui":
+        raise InvalidInput(f"Labels must be whole numbers, not {labels.dtype}.")
     if labels.min() < 0 or labels.max() >= len(features.class_names):
         raise InvalidInput(
             f"Labels must lie in 0..{len(features.class_names) - 1}, not {labels.min()}..{labels.max()}."
@@ -36,19 +46,36 @@ def checked(features: LabelledFeatures, class_embeddings: FloatArray) -> tuple[F
         raise TooFewSamples(
             f"{len(empty)} seen class(es) have no training image: {shown}. Add images or leave them out."
         )
+    if len(embeddings) > 1 and np.allclose(embeddings, embeddings[0], rtol=0, atol=1e-6):
+        raise InvalidInput(
+            f"All {len(embeddings)} seen classes have the same class embedding, so nothing tells them apart. "
+            "Give other class embeddings.",
+            field="class_embeddings",
+        )
     return raw, embeddings
 
 
 def unit_embeddings(class_embeddings: FloatArray) -> FloatArray:
     """Float32 rows of unit length: the papers' convention, and it makes seen and unseen scores comparable."""
-    embeddings = np.asarray(class_embeddings, np.float32)
+    embeddings = real_numbers(class_embeddings, "class_embeddings")
     if embeddings.ndim != 2 or 0 in embeddings.shape:
         raise ShapeMismatch(f"class_embeddings must be (n_classes, embedding_dim), not {embeddings.shape}.")
-    length = np.linalg.norm(embeddings, axis=1)
+    length = np.linalg.norm(embeddings.astype(np.float64), axis=1)  # a float32 sum of squares may overflow
     bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
     if len(bad):
         raise InvalidInput(f"Class embedding {bad[0]} is zero or not finite; so are {len(bad) - 1} more. Repair them.")
+    if length.max() > LARGEST_FEATURE:
+        embeddings = (embeddings / length[:, None]).astype(np.float32)
     return unit_rows(embeddings)
+
+
+def real_numbers(values: FloatArray, name: str) -> FloatArray:
+    """As float32; what is too large for it becomes infinite, and is refused as such."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise InvalidInput(f"{name} must hold real numbers, not {array.dtype}.", field=name)
+    with np.errstate(over="ignore"):
+        return np.asarray(array, np.float32)
 
 
 def positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:

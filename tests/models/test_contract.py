@@ -292,6 +292,22 @@ def test_bad_training_input_is_refused_with_the_reason(name: str) -> None:
     refused(TooFewSamples, "'class 3'", replace(train, labels=np.where(train.labels == 3, 2, train.labels)), embeddings)
     empty = replace(train, features=train.features[:0], labels=train.labels[:0])
     refused(TooFewSamples, "no training images", empty, embeddings)
+    refused(ShapeMismatch, "no numbers of an image", replace(train, features=train.features[:, :0]), embeddings)
+    for kind in (complex, str):
+        refused(
+            InvalidInput, "features must hold real", replace(train, features=train.features.astype(kind)), embeddings
+        )
+        refused(InvalidInput, "embeddings must hold real", train, embeddings.astype(kind))
+    refused(InvalidInput, "whole numbers, not float", replace(train, labels=train.labels + 0.5), embeddings)
+    large = train.features.astype(np.float64)
+    refused(InvalidInput, "NaN or infinite", replace(train, features=large * 1e300), embeddings)
+    refused(InvalidInput, "would overflow", replace(train, features=large * 1e30), embeddings)
+    refused(
+        InvalidInput,
+        "the same class embedding",
+        train,
+        np.repeat(embeddings[:1], 12, axis=0) * np.arange(1, 13)[:, None],
+    )
 
 
 def test_bad_scoring_input_is_refused(name: str) -> None:
@@ -314,6 +330,18 @@ def test_one_image_a_class_and_constant_features_still_fit(name: str) -> None:
     features[:, 0] = 2.0
     train = replace(DATA.train, features=features, labels=DATA.train.labels[keep])
     model = create_classifier(name, quick(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    assert np.isfinite(model.scores(DATA.unseen.features, DATA.unseen_embeddings)).all()
+
+
+def test_small_integers_as_labels_and_constant_attributes_are_taken(name: str) -> None:
+    embeddings = DATA.seen_embeddings.astype(np.float64)
+    embeddings[:, 0] = 0.5  # of no use, and no harm
+    embeddings[3] = embeddings[2]  # never told apart
+    train = replace(DATA.train, labels=DATA.train.labels.astype(np.uint8))
+    params = quick(name)
+    if "epochs" in type(params).model_fields:
+        params = params.model_copy(update={"epochs": 2})
+    model = create_classifier(name, params).fit(train, embeddings * 1e30)
     assert np.isfinite(model.scores(DATA.unseen.features, DATA.unseen_embeddings)).all()
 
 
