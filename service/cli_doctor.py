@@ -25,6 +25,7 @@ from service.client import Client, UnseenError
 from service.core.embedded import server_binary
 from service.core.errors import ServiceError
 from service.core.logging import redact
+from service.core.process import memory_bytes
 from service.core.settings import Settings
 from service.local import is_port_free
 
@@ -120,9 +121,8 @@ def cuda(settings: Settings) -> Finding:
 def processor(_settings: Settings) -> Finding:
     """Cores and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
+    memory = memory_bytes()
+    if memory is None:
         return Finding("machine", "ok", f"{cores} cores")
     found = f"{cores} cores, {gigabytes(memory)} of memory"
     if memory < 3 * 2**30:

@@ -282,7 +282,11 @@ class ZeroShotModel(ABC):
         folds: the classes of each, and all classes' embeddings while these stand for unseen ones.
         """
         slice_rows, learn_rows = held_out_slice(labels, self.seed)
-        trials = [self._trial(raw, labels, embeddings, fold, learn_rows) for fold, embeddings in folds]
+        trials = []
+        for fold, embeddings in folds:
+            trial, rows, train, held = self._trial(raw, labels, embeddings, fold, learn_rows)
+            kept = np.setdiff1d(np.arange(len(names)), fold)
+            trials.append((trial, rows.of(kept, slice_rows), train, held))  # not all rows: there may be many folds
         tried = [
             trial._try_settings(train, held, _part(on_progress, "choosing", i, len(trials)))
             for i, (trial, _, train, held) in enumerate(trials)
@@ -291,11 +295,10 @@ class ZeroShotModel(ABC):
         tried = [history for history in tried if history]
         setting = self._pick(tried) if tried else None
         outcomes = []
-        for i, (trial, rows, train, held) in enumerate(trials):
+        for i, (trial, seen_slice, train, held) in enumerate(trials):
             fold, embeddings = folds[i]
             kept = np.setdiff1d(np.arange(len(names)), fold)
             trial._learn(train, setting, _part(on_progress, "calibrating", i, len(trials)))
-            seen_slice = rows.of(kept, slice_rows)
             scores = trial._compatibility(
                 np.concatenate([seen_slice.features, held.features]), embeddings[np.r_[kept, fold]]
             )

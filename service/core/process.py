@@ -64,6 +64,21 @@ def host_id() -> str:
     return f"{socket.gethostname()}/{boot}/{namespace}"
 
 
+@cache
+def memory_bytes() -> int | None:
+    """Memory that processes here may use: the machine's, or less where their control group has less; None: unknown."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return found
+
+
 def is_dead(host: str, pid: int) -> bool:
     """Whether process `pid` of `host` has certainly ended; False when this cannot be told from here."""
     if host.endswith("/?") or host != host_id():

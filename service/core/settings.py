@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="Device of workers and inference: auto, cpu, cuda or cuda:N.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of one worker; 0: all cores.")
+    worker_memory_bytes: int = Field(
+        0, ge=0, description="Memory of a worker; classifiers that need more are refused. 0: that of the machine asked."
+    )
     queue: str = Field("unseen", pattern=r"^[a-z0-9_-]{1,64}$", description="Queue that jobs go to and workers read.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message logged.")
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from models.catalog import METHODS
-from service.schemas import ClassifierOut, JobOut
+from models.training_memory import PROCESS_BYTES
+from service import classifier_cost
+from service.schemas import ClassifierEstimate, ClassifierOut, JobOut
 from tests.service.harness import LiveApi, checked, problem
 from tests.service.tasks import finish
+from workers import training
 from workers.training import train_classifier
 
 CLASSIFIERS = {method.name: method for method in METHODS if method.kind == "classifier"}
@@ -128,6 +131,32 @@ def test_pooled_features_are_refused_by_methods_that_look_at_places(live_api: Li
     vectors = {f"kind {i}": np.eye(6)[i] for i in range(6)}
     body = {"dataset_id": dataset_id, "embedding_set_id": live_api.embedding_set(vectors, unseen=("kind 4", "kind 5"))}
     refused(live_api, {**body, "method": method}, "/method", "places of a feature map", "pooled")
+
+
+def test_training_that_no_worker_can_hold_is_refused(
+    live_api: LiveApi, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {**inputs, "method": "sc_egg", "backbone": {"name": "resnet50", "weights": "random"}, "image_size": 224}
+
+    def estimate() -> dict[str, Any]:
+        before = live_api.snapshot()
+        found = checked(live_api.client.post("/v1/classifiers?validate_only=true", json=body), ClassifierEstimate)
+        assert live_api.snapshot() == before
+        return found
+
+    fits = estimate()
+    assert fits["valid"]
+    assert 3 * 4 * 49 * 2048 < fits["memory_bytes"] - PROCESS_BYTES < 5 * 3 * 4 * 49 * 2048
+    for module in (classifier_cost, training):
+        monkeypatch.setattr(module, "memory_bytes", lambda: 10**9)
+    assert [problem["pointer"] for problem in estimate()["problems"]] == ["/method"]
+    refused(live_api, body, "/method", "GB in memory", "a worker has 1.0 GB")
+    monkeypatch.setattr(classifier_cost, "memory_bytes", lambda: None)  # unknown here, and too little there
+    small = {**inputs, "backbone": SMALL, "image_size": 32, "method": "eszsl"}
+    job = checked(live_api.client.post("/v1/classifiers", json=small), JobOut, 202)
+    ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
+    assert ended["status"] == "failed"
+    assert "a worker has 1.0 GB" in ended["error"]["detail"]
 
 
 def knowledge(api: LiveApi, vectors: dict[str, list[float]]) -> httpx.Response:
