@@ -20,7 +20,8 @@ class Method:
     """One catalog row.
 
     path: 'module:Class' of the implementation. features: what it sees of an image, one vector of the whole, or the
-    network's last map, a vector for each place.
+    network's last map, a vector for each place. takes_dimension_vectors: whether `fit` takes a vector of each dimension
+    of the class embedding to start from.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Method:
     paper: str
     url: str
     features: Features = "pooled"
+    takes_dimension_vectors: bool = False
 
 
 _VGSE = (
@@ -219,6 +221,7 @@ METHODS: tuple[Method, ...] = (
         "Semantic Compression Embedding for Generative Zero-Shot Learning (IJCAI 2022)",
         "https://doi.org/10.24963/ijcai.2022/134",
         features="spatial",
+        takes_dimension_vectors=True,
     ),
     Method(
         "se_gzsl",

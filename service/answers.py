@@ -63,6 +63,33 @@ class Relatives(BaseModel):
     error: str | None = None
 
 
+class DimensionAttention(BaseModel):
+    """One dimension of the class embedding and where in the image the classifier looks for it."""
+
+    index: int
+    name: str | None = Field(description="What the dimension means, where the knowledge or the request said so.")
+    strength: float = Field(description="How much it adds to the class's score; the largest come first.")
+    map: list[list[float]] = Field(description="Shares of the image's places, row by row; they sum to 1.")
+
+
+class ImageAttention(BaseModel):
+    """Where the classifier looks in one image, or why it could not be read."""
+
+    index: int
+    filename: str | None
+    prediction: Prediction | None = Field(description="The class it looks for: the one asked for, else the likeliest.")
+    whole: list[list[float]] | None = Field(description="The mean over all dimensions.")
+    dimensions: list[DimensionAttention]
+    error: str | None = None
+
+
+class AttentionOut(BaseModel):
+    """Attention maps of each image, in the order sent. A map covers the whole image, however oblong that is."""
+
+    classifier_id: str
+    data: list[ImageAttention]
+
+
 class InferOut(BaseModel):
     """Relatives of each image, in the order sent."""
 

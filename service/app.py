@@ -24,6 +24,7 @@ from service.inference_client import InferenceClient
 from service.middleware import Gate
 from service.openapi import openapi_document
 from service.routes import (
+    attention,
     classifiers,
     classify,
     datasets,
@@ -37,7 +38,9 @@ from service.routes import (
 )
 
 DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
-ROUTERS = (datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, infer, jobs, system)
+ROUTERS = (
+    datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, attention, infer, jobs, system,
+)  # fmt: skip
 
 
 def make_parts(settings: Settings) -> Parts:

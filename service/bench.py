@@ -75,15 +75,15 @@ class _Dataset:
         if fingerprint := row["summary"].get("fingerprint"):
             console.print(f"{escape(name)}: split {escape(json.dumps(fingerprint))}", soft_wrap=True)
 
-    def knowledge(self, source: str) -> str:
-        """The id of a knowledge source of this dataset."""
+    def knowledge(self, source: str, file: Path | None = None) -> str:
+        """The id of a knowledge source of this dataset, or of another file."""
         if source not in self._knowledge:
             name = f"{self.name}/{source}"
             ready = [r for r in self.client.list_all("knowledge") if r["name"] == name and r["status"] == "ready"]
             if ready:
                 self._knowledge[source] = str(ready[0]["id"])
             else:
-                path = self.files[source]
+                path = file or self.files[source]
                 kind = "attributes" if source in ("attributes", "att") else guess_kind(path)
                 job = self.client.wait(self.client.add_knowledge(name, file=path, kind=kind))
                 self._knowledge[source] = str(job["resource"]["id"])
@@ -145,6 +145,8 @@ class Runner:
             "seed": cell.seed,
             "validation_classes": dataset.split.get("validation_classes"),
         }
+        if (words := classifier.dimension_words) is not None:
+            request["dimension_knowledge_id"] = dataset.knowledge(words, self._data / words)
         if dataset.spec.image_size is not None:
             request["image_size"] = dataset.spec.image_size
         relation = None
@@ -233,7 +235,9 @@ def markdown(spec: BenchSpec, data: Path, results: Results, paper: list[Json]) -
     methods = [(e, c) for e in spec.embeddings for c in spec.classifiers]
     titles = [_title(spec, *names) for names in methods]
     for metric in spec.metrics:
-        grid = [[_shown(spec, results, of_group[m], metric, paper) for m in methods] for of_group in groups.values()]
+        grid = [
+            [_shown(spec, results, of_group.get(m, []), metric, paper) for m in methods] for of_group in groups.values()
+        ]
         heads = [f"{name}, {source}" for name, source in groups]
         if len(methods) > len(groups):  # the longer side runs down the page
             grid, heads, titles_across = [list(row) for row in zip(*grid, strict=True)], titles, heads
@@ -255,6 +259,8 @@ def _title(spec: BenchSpec, embedding: str, classifier: str) -> str:
 
 
 def _shown(spec: BenchSpec, results: Results, of_cell: list[Cell], metric: str, paper: list[Json]) -> str:
+    if not of_cell:
+        return "–"
     rows = [results.rows.get(cell_key(spec, cell), {}) for cell in of_cell]
     values = [100 * row[metric] for row in rows if metric in row]
     shown = f"{np.mean(values):.1f}" if values else "failed" if any(rows) else ""

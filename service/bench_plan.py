@@ -37,6 +37,12 @@ class ClassifierSpec(_Part):
 
     method: str
     params: Json = {}
+    datasets: tuple[str, ...] | None = Field(
+        None, description="Where it is measured: methods on feature maps need photos. Default: on all datasets."
+    )
+    dimension_words: str | None = Field(
+        None, description="File of word vectors under the data folder: one for each dimension's name (sc_egg)."
+    )
 
 
 class PaperSpec(_Part):
@@ -80,10 +86,14 @@ def read_spec(path: Path) -> BenchSpec:
     except (OSError, yaml.YAMLError) as error:
         raise UnseenError(f"{path} is no readable YAML file: {error}") from error
     try:
-        return BenchSpec.model_validate(content)
+        spec = BenchSpec.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(f"{'/'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:10])
         raise UnseenError(f"{path} does not describe a benchmark: {problems}") from error
+    for title, classifier in spec.classifiers.items():
+        if unknown := set(classifier.datasets or ()) - set(spec.datasets):
+            raise UnseenError(f"{path}: classifier {title!r} names dataset {min(unknown)!r}, which the file lacks.")
+    return spec
 
 
 def dataset_spec(spec: BenchSpec, name: str) -> DatasetSpec:
@@ -130,17 +140,20 @@ def cells(spec: BenchSpec, data: Path) -> Iterator[Cell]:
         for name in spec.datasets:
             for source in sources[name]:
                 for embedding in spec.embeddings:
-                    yield from (Cell(name, source, embedding, classifier, seed) for classifier in spec.classifiers)
+                    for classifier, asked in spec.classifiers.items():
+                        if asked.datasets is None or name in asked.datasets:
+                            yield Cell(name, source, embedding, classifier, seed)
 
 
 def cell_key(spec: BenchSpec, cell: Cell) -> str:
     """Names of the cell, and a digest of all settings behind them: changed settings are measured anew."""
-    dataset = dataset_spec(spec, cell.dataset)
+    dataset, params = dataset_spec(spec, cell.dataset), spec.classifiers[cell.classifier].params
     settings = [
         dataset.backbone,
         dataset.image_size,
         spec.embeddings[cell.embedding],
-        spec.classifiers[cell.classifier].model_dump(),
+        # What was measured before these two were known stays as it is.
+        spec.classifiers[cell.classifier].model_dump(exclude={"datasets"}, exclude_defaults=True) | {"params": params},
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return "|".join([cell.dataset, cell.knowledge, cell.embedding, cell.classifier, str(cell.seed), digest])

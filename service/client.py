@@ -266,7 +266,8 @@ class Client(Connection):
     ) -> Json:
         """Trains a classifier on class embeddings or on a knowledge source's own vectors: the job.
 
-        `fields`: name, method (sje, eszsl), params, seen_classes, unseen_classes, backbone, evaluate, seed, …
+        `fields`: name, method (sje, eszsl, …), params, seen_classes, unseen_classes, backbone, dimension_names,
+        dimension_knowledge_id, evaluate, seed, …
         """
         body: Json = {"dataset_id": dataset_id, **fields}
         source = {"embedding_set_id": embedding_set_id, "knowledge_id": knowledge_id}
@@ -289,21 +290,56 @@ class Client(Connection):
         explain: bool = False,
     ) -> Json:
         """{classifier_id, scope, gamma, data}: predictions for each image in order; default: the newest classifier."""
-        sources: Sequence[ImageSource] = [images] if isinstance(images, str | Path | bytes | tuple) else images
         params: Json = {"scope": scope, "top_k": top_k, "explain": str(explain).lower()}
         optional = {"classifier_id": classifier_id, "gamma": gamma, "class_names": class_names and list(class_names)}
         params |= {name: value for name, value in optional.items() if value is not None}
+        return self._of_images("/v1/classify", images, params)
+
+    def attention(
+        self,
+        classifier_id: str,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        class_name: str | None = None,
+        top_k: int = 8,
+    ) -> Json:
+        """{classifier_id, data}: where a classifier on feature maps looks in each image, as maps of its places.
+
+        class_name: what it looks for; default: the likeliest class. top_k: dimensions to tell of.
+        """
+        params: Json = {"top_k": top_k} | ({} if class_name is None else {"class_name": class_name})
+        return self._of_images(f"/v1/classifiers/{classifier_id}/attention", images, params)
+
+    def attention_picture(
+        self, classifier_id: str, image: ImageSource, *, class_name: str | None = None, top_k: int = 8
+    ) -> bytes:
+        """The same of one image as a JPEG: the photo with the maps laid over it."""
+        params: Json = {"top_k": top_k} | ({} if class_name is None else {"class_name": class_name})
+        name, content = named_content(image, 0)
+        response = self._http.request(
+            "POST",
+            f"/v1/classifiers/{classifier_id}/attention",
+            params=params,
+            form=Form((("images", name, content),)),
+            headers={"Accept": "image/jpeg"},
+        )
+        return response.content
+
+    # ---- inside -----------------------------------------------------------------------------------
+
+    def _of_images(self, path: str, images: ImageSource | Sequence[ImageSource], params: Json) -> Json:
+        """The answers of all images in order, some of them a request."""
+        sources: Sequence[ImageSource] = [images] if isinstance(images, str | Path | bytes | tuple) else images
         merged: Json = {"data": []}
         for start in range(0, len(sources), CLASSIFY_BATCH):
             named = [named_content(s, start + i) for i, s in enumerate(sources[start : start + CLASSIFY_BATCH])]
             form = Form(tuple(("images", name, content) for name, content in named))
-            answer = self._http.json("POST", "/v1/classify", params=params, form=form)
-            params["classifier_id"] = answer["classifier_id"]  # the same one for all batches
+            answer = self._http.json("POST", path, params=params, form=form)
+            if path == "/v1/classify":
+                params = {**params, "classifier_id": answer["classifier_id"]}  # the same one for all batches
             rows = [{**row, "index": start + row["index"]} for row in answer["data"]]
             merged = {**answer, "data": merged["data"] + rows}
         return merged
-
-    # ---- inside -----------------------------------------------------------------------------------
 
     def _upload(self, dataset_id: str, images: Sequence[LabelledImage]) -> Iterator[tuple[Json, int]]:
         for form, n_files in batches(images):

@@ -52,6 +52,10 @@ class InferenceClient:
         """Similar and dissimilar classes of images."""
         return await self._send("POST", "/infer", _body(options, images))
 
+    async def look(self, options: dict[str, Any], images: Sequence[bytes]) -> dict[str, Any]:
+        """Where a classifier looks in images."""
+        return await self._send("POST", "/look", _body(options, images))
+
     async def _send(self, method: str, path: str, content: bytes) -> dict[str, Any]:
         try:
             response = await self._client.request(method, path, content=content)

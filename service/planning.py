@@ -21,7 +21,7 @@ from service.core.settings import Settings
 from service.core.tables import Dataset
 from service.inference_client import InferenceClient
 from service.problems import MAX_PROBLEMS
-from service.schemas import EmbeddingSetCreate
+from service.schemas import ClassifierCreate, EmbeddingSetCreate
 
 MAX_HINTS = 10  # unknown names that are compared with all known ones
 # Rates on two CPU cores, a ResNet-50's and the small network's; replaced by measurements after the first job.
@@ -201,6 +201,29 @@ def plan_tuning(plan: Plan, params: Mapping[str, Any], network: str) -> None:
             "/params/mode",
             f"The last layers of {network!r} cannot be trained apart from the others. Use a convolutional network, or "
             "mode 'frozen'.",
+        )
+
+
+def plan_dimensions(plan: Plan, body: ClassifierCreate, dim: int | None, named: Sequence[str]) -> None:
+    """Names fit the `dim` dimensions of the class embeddings, and vectors are given to a method that takes some.
+
+    named: what the knowledge itself calls them.
+    """
+    names = body.dimension_names
+    if names is not None and dim is not None and len(names) != dim:
+        plan.add("/dimension_names", f"{len(names)} names for class embeddings of {dim} dimensions; give {dim}.")
+    if body.dimension_knowledge_id is None:
+        return
+    takers = [row.name for row in METHODS if row.takes_dimension_vectors]
+    if body.method not in takers:
+        plan.add(
+            "/dimension_knowledge_id",
+            f"{body.method!r} takes no vectors of dimensions; leave it out. Methods that do: {', '.join(takers)}.",
+        )
+    elif names is None and not named:
+        plan.add(
+            "/dimension_names",
+            "Nothing says what the dimensions are called, so their vectors cannot be looked up: give their names.",
         )
 
 

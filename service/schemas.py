@@ -291,22 +291,23 @@ class ClassifierCreate(Body):
     search: SearchParams | None = Field(
         None, description="Look for better parameters on validation classes; those in params stay."
     )
+    dimension_names: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=65_536,
+        description="What the dimensions of the class embeddings are called, such as names people gave to clusters; "
+        "default: the attributes' names. Attention maps quote them.",
+    )
+    dimension_knowledge_id: Id | None = Field(
+        None,
+        description="For methods that give each dimension a vector (sc_egg): where these vectors start, looked up by "
+        "the dimensions' names. Default: what came with the attributes' table, else random ones.",
+    )
     backbone: BackboneParams | None = Field(None, description="Default: the embedding set's.")
     scratch: ScratchParams | None = Field(None, description="How a backbone with weights=scratch is trained.")
     image_size: int | None = Field(None, ge=16, le=1024, description="Side images are resized to; default: the set's.")
     evaluate: bool = Field(True, description="Measure T1 and U, S, H on the dataset's test rows.")
     seed: int = Field(0, ge=0, le=2**31 - 1)
-
-
-class ClassifierEstimate(BaseModel):
-    """What training would hold in memory, and everything wrong with the request."""
-
-    valid: bool
-    problems: list[dict[str, str]]
-    warnings: list[dict[str, str]] = Field(description="What makes no request invalid, such as half-known names.")
-    n_images: int = Field(description="Images that training and tests read.")
-    memory_bytes: int | None = Field(description="None where the features' size is known in the job only.")
-    basis: str = Field(description="Where the estimate comes from.")
 
 
 class ClassifierOut(BaseModel):
@@ -359,6 +360,9 @@ class MethodOut(BaseModel):
     url: str
     features: Literal["pooled", "spatial"] = Field(
         description="What it sees of an image: one vector of the whole, or the network's last map (images only)."
+    )
+    takes_dimension_vectors: bool = Field(
+        description="Whether it starts from a vector of each dimension of the class embeddings: dimension_knowledge_id."
     )
     parameters: dict[str, Any] = Field(description="JSON schema: defaults, bounds, descriptions.")
 

@@ -40,6 +40,7 @@ class FakeInference:
                 Route("/relate", self._relate, methods=["POST"]),
                 Route("/classify", self._classify, methods=["POST"]),
                 Route("/infer", self._infer, methods=["POST"]),
+                Route("/look", self._look, methods=["POST"]),
             ]
         )
 
@@ -78,6 +79,20 @@ class FakeInference:
         for image in images:
             found = _predictions(image, {**options, "explain": False})
             results.append({"similar": found.pop("predictions"), "dissimilar": [], **found})
+        return self.answer or _json({"results": results})
+
+    async def _look(self, request: Request) -> Response:
+        options, images = self._images("look", await request.body())
+        results = []
+        for image in images:
+            found = _predictions(
+                image, {**options, "class_names": None, "scope": "all", "explain": False, "gamma": None}
+            )
+            best = (found.pop("predictions") or [None])[0]
+            shown = [{"index": n, "name": None, "strength": 1.0 - n, "map": [[0.7, 0.1], [0.1, 0.1]]} for n in range(2)]
+            results.append(
+                {"prediction": best, "whole": best and [[0.25] * 2] * 2, "dimensions": shown if best else [], **found}
+            )
         return self.answer or _json({"results": results})
 
     async def _classify(self, request: Request) -> Response:

@@ -27,11 +27,13 @@ from models.params import PatchParams
 from workers.predictions import (
     FeatureExtractor,
     ImageError,
+    Look,
     Prediction,
     Relatives,
     Resident,
     Scope,
     competing,
+    look,
     rank,
     relate,
 )
@@ -170,6 +172,13 @@ class Engine:
         """For each image file the classes that it is most like and most unlike, or why it could not be read."""
         classes = competing(resident, "all", class_names)
         return self._submit(resident, images, lambda rows: relate(resident, rows, classes, tau=tau, k=top_k)).result()
+
+    def look(
+        self, resident: Resident, images: Sequence[bytes], *, top_k: int = 8, class_names: Sequence[str] | None = None
+    ) -> list[Look | ImageError]:
+        """For each image file where the classifier looks, or why it could not be read; InvalidInput where it cannot."""
+        classes = competing(resident, "all", class_names)
+        return self._submit(resident, images, lambda rows: look(resident, rows, classes, k=top_k)).result()
 
     def _submit(
         self, resident: Resident, images: Sequence[bytes], finish: Callable[[FloatArray], Sequence[Any]]

@@ -29,6 +29,7 @@ from service.core.process import COMPUTE_ENVIRONMENT, restart_with
 from service.core.settings import Settings
 from workers.engine import Engine, EngineBusy, ImageError
 from workers.library import Library
+from workers.predictions import Look
 from workers.runner import open_services
 from workers.runtime import choose_device
 
@@ -99,6 +100,18 @@ class Inference:
         )
         return _json({"results": [_relatives(answer) for answer in found]})
 
+    async def look(self, request: Request) -> Response:
+        """Where a classifier looks in images, for the class named or the likeliest one."""
+        options, images = split_body(await request.body())
+        named = [options["class_name"]] if options["class_name"] is not None else None
+        classifier_id = options["classifier_id"]
+        competing = await run_in_threadpool(self.library.competing, classifier_id, "all", named)
+        names = await run_in_threadpool(self.library.dimension_names, classifier_id)
+        found = await run_in_threadpool(
+            self.engine.look, competing.resident, images, class_names=competing.names, top_k=options["top_k"]
+        )
+        return _json({"results": [_look(answer, names) for answer in found]})
+
 
 def split_body(body: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """Options and images out of a classify body: 4 bytes of length, JSON, then the images one after the other."""
@@ -130,6 +143,16 @@ def _relatives(answer: Any) -> dict[str, Any]:
         side: [{"label": p.label, "score": p.score, "seen": p.seen} for p in getattr(answer, side)]
         for side in ("similar", "dissimilar")
     }
+
+
+def _look(answer: Look | ImageError, names: Sequence[str] | None) -> dict[str, Any]:
+    if isinstance(answer, ImageError):
+        return {"prediction": None, "whole": None, "dimensions": [], "error": answer.reason}
+    dimensions = [
+        {"index": n, "name": names[n] if names else None, "strength": strength, "map": places}
+        for n, strength, places in zip(answer.dimensions, answer.strengths, answer.local, strict=True)
+    ]
+    return {"prediction": dataclasses.asdict(answer.prediction), "whole": answer.whole, "dimensions": dimensions}
 
 
 def _json(value: Any) -> Response:
@@ -177,6 +200,7 @@ def create_inference_app(settings: Settings) -> Starlette:
         ("POST", "/relate", inference.relate),
         ("POST", "/classify", inference.classify),
         ("POST", "/infer", inference.infer),
+        ("POST", "/look", inference.look),
     )
     return Starlette(
         routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from workers.embedding import provenance, vector_bytes
 from workers.model_cache import ModelCache, Parts, array_bytes, resident_parts
 from workers.predictions import Resident
 from workers.sources import feature_network, open_backbone, open_knowledge, unpack
-from workers.training import CLASSES_FILE, EMBEDDER_FILES
+from workers.training import CLASSES_FILE, DIMENSIONS_FILE, EMBEDDER_FILES
 
 CLASSIFIER_FILES = ("manifest.json", "model.safetensors")
 
@@ -133,6 +134,13 @@ class Library:
             return _among_all(resident, table, names, embeddings, is_seen, origin)
         asked = dataclasses.replace(resident, class_names=tuple(names), embeddings=embeddings, is_seen=is_seen)
         return Competing(asked, origin)
+
+    def dimension_names(self, classifier_id: str) -> tuple[str, ...] | None:
+        """What the dimensions of a classifier's class embeddings are called, where anybody said so."""
+        with self._database.read() as session:
+            row = repositories.get(session, Classifier, classifier_id)
+        key = row.artifacts.get(DIMENSIONS_FILE)
+        return None if key is None else tuple(json.loads(self._store.read_bytes(key)))
 
     def _named(
         self, row: Classifier, table: _ClassTable, names: Sequence[str], in_scope: np.ndarray[Any, Any]

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.base import FloatArray, IntArray
 from models.errors import InvalidInput, UnknownName
 from models.evaluation import Scorer, calibrated_stacking, top_k
+from models.zero_shot.attention import Attentive
 
 Scope = Literal["unseen", "seen", "all"]
 
@@ -59,6 +60,21 @@ class Relatives:
 
     similar: tuple[Prediction, ...]
     dissimilar: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where a classifier looks in one image for the class of `prediction`, loudest dimensions first.
+
+    whole, local: (side, side) maps that sum to 1, over all dimensions and of each of `dimensions`; strengths: what
+    these add to the class's score.
+    """
+
+    prediction: Prediction
+    dimensions: tuple[int, ...]
+    strengths: tuple[float, ...]
+    local: FloatArray
+    whole: FloatArray
 
 
 @dataclass(frozen=True)
@@ -120,3 +136,22 @@ def relate(resident: Resident, features: FloatArray, classes: IntArray, *, tau: 
         n_similar = int((row >= tau).sum())
         found.append(Relatives(told(row, order[:n_similar]), told(row, order[n_similar:][::-1])))
     return found
+
+
+def look(resident: Resident, features: FloatArray, classes: IntArray, *, k: int) -> list[Look]:
+    """Attention of the `k` loudest dimensions in each row of `features`, for the likeliest of `classes`."""
+    if not isinstance(resident.classifier, Attentive):
+        raise InvalidInput(
+            "This classifier does not look at places of an image, so it has no attention maps. Methods that do say so "
+            "in GET /v1/methods: features 'spatial'."
+        )
+    position = {name: i for i, name in enumerate(resident.class_names)}
+    best = [found[0] for found in rank(resident, features, classes, k=1)]
+    embeddings = resident.embeddings[[position[found.label] for found in best]]
+    maps = resident.classifier.attention(features, embeddings, top=k)
+    return [
+        Look(found, tuple(map(int, dimensions)), tuple(map(float, strengths)), local, whole)
+        for found, dimensions, strengths, local, whole in zip(
+            best, maps.dimensions, maps.strengths, maps.local, maps.whole, strict=True
+        )
+    ]

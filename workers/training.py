@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,15 @@ from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
 from models.knowledge.base import require
 from models.params import BackboneParams, EmbeddingSetParams, Params, ScratchParams, SearchParams
-from models.training_memory import refusal, training_bytes
 from models.zero_shot.base import create_classifier
 from models.zero_shot.checkpoints import CheckpointParts
 from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.search import search_params
 from service.core import repositories
-from service.core.process import memory_bytes
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
 from workers.checkpoints import JobCheckpoints
+from workers.dimensions import read_dimensions
 from workers.embedding import MAX_REPORTED, class_numbers, whole_image
 from workers.features import image_features
 from workers.imports import put_directory, read_feature_files
@@ -40,6 +40,7 @@ from workers.sources import describe_backbone, feature_network, open_backbone, o
 
 DEFAULT_IMAGE_SIZE = 224
 CLASSES_FILE = "classes.safetensors"
+DIMENSIONS_FILE = "dimensions.json"
 EMBEDDER_FILES = ("class_embedder.json", "class_embedder.safetensors")
 PHASES = [("backbone", 0.05), ("image_features", 0.6), ("training", 0.3), ("evaluation", 0.05)]
 
@@ -82,11 +83,15 @@ def train_classifier(context: TaskContext) -> Publisher:
     validation = _validation_classes(inputs)
     given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
     params = _with_groups(context, inputs, given)
+    dimensions = read_dimensions(context, inputs.row, inputs.knowledge, embeddings.shape[1])
+    warnings += dimensions.warnings
     learned_from = (tables.train, embeddings[: len(inputs.seen)])
     chosen_on: dict[str, Any] = {
         "validation_classes": validation,
         "validation_embeddings": _embeddings_as_unseen(context, inputs),
     }
+    if dimensions.vectors is not None:
+        chosen_on["dimension_vectors"] = dimensions.vectors
     search: dict[str, Any] = {}
     checkpoints = CheckpointParts(JobCheckpoints(context))
     if searching is not None:
@@ -141,6 +146,8 @@ def train_classifier(context: TaskContext) -> Publisher:
     model.save(directory)
     files = put_directory(context, directory) | tables.files
     files[CLASSES_FILE] = context.store.put_bytes(save_safetensors({"embeddings": embeddings}))
+    if dimensions.names is not None:
+        files[DIMENSIONS_FILE] = context.store.put_bytes(json.dumps(dimensions.names).encode())
     return _publisher(inputs, files, metrics, params)
 
 
@@ -267,7 +274,6 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
     contents = [row.sha256 for row in everything]
     size = _image_size(inputs)
     network = feature_network(backbone, inputs.row.method, size, inputs.row.params)
-    _require_memory(context, inputs, len(rows.train), len(everything) - len(rows.train), network.feature_dim)
     table = image_features(context, contents, network, whole_image(size), phase="image_features")
     channels = getattr(network, "channels", None)
     tail = network.tail() if isinstance(network, Trunk) else None
@@ -282,16 +288,6 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
     train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
     about = describe_backbone(params, backbone)
     return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures))
-
-
-def _require_memory(context: TaskContext, inputs: Inputs, n_train: int, n_test: int, numbers: int) -> None:
-    """InvalidInput where training would hold more than this machine has, before features are computed."""
-    params = inputs.row.params
-    is_scaled = params.get("normalize") != "none"
-    needed = training_bytes(n_train, n_test, numbers, folds=params.get("folds") or 1, is_scaled=is_scaled)
-    have = context.settings.worker_memory_bytes or memory_bytes()
-    if have is not None and needed > have:
-        raise InvalidInput(refusal(n_train + n_test, numbers, needed, have), field="method")
 
 
 def _trained_backbone(

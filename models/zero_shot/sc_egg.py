@@ -11,10 +11,8 @@ out, and cross-entropies run over seen classes.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from models.errors import InvalidInput, NotFitted, ShapeMismatch
 from models.generative_params import SCEGGParams
 from models.params import Params
 from models.precision import mixed
+from models.zero_shot.attention import AttentionMaps
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Checkpoints
 from models.zero_shot.checks import EmbeddingsOf
@@ -38,20 +37,6 @@ from models.zero_shot.scen import SCEN, train_scen
 PART_NUMBERS = 2**24
 """Numbers of the local features (images x dimensions x channels) that are held at once."""
 _SCEN = "scen/"
-
-
-@dataclass(frozen=True)
-class AttentionMaps:
-    """Where the network looks, for B images on a grid of side x side places; each map sums to 1.
-
-    dimensions, strengths: (B, K) those of the class embedding that speak loudest for it, and e_n phi_n.
-    local: (B, K, side, side) their attention. whole: (B, side, side) the mean over all dimensions.
-    """
-
-    dimensions: IntArray
-    strengths: FloatArray
-    local: FloatArray
-    whole: FloatArray
 
 
 class SCEGG(GenerativeModel):
@@ -96,6 +81,26 @@ class SCEGG(GenerativeModel):
         finally:
             self._seen_through = None
 
+    def assess(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        *,
+        dimension_vectors: FloatArray | None = None,
+        validation_classes: Sequence[str],
+        validation_embeddings: FloatArray | EmbeddingsOf | None = None,
+        on_progress: OnProgress = ignore_progress,
+    ) -> dict[str, Any]:
+        """As every classifier's; dimension_vectors as in `fit`."""
+        self._vectors = None if dimension_vectors is None else _checked_vectors(dimension_vectors, class_embeddings)
+        return super().assess(
+            features,
+            class_embeddings,
+            validation_classes=validation_classes,
+            validation_embeddings=validation_embeddings,
+            on_progress=on_progress,
+        )
+
     def attention(self, features: FloatArray, embeddings: FloatArray, *, top: int = 8) -> AttentionMaps:
         """Maps of raw features (B, R * D), each image for one class: row of `embeddings` (B, embedding_dim)."""
         if not self._fitted:
@@ -107,16 +112,10 @@ class SCEGG(GenerativeModel):
                 f"features {features.shape} and embeddings {embeddings.shape} must be (n_images, {self._dims[0]}) and "
                 f"(n_images, {self._dims[1]}), as in training."
             )
-        side = math.isqrt(features.shape[1] // self._channels)
-        if side * side * self._channels != features.shape[1]:
-            raise ShapeMismatch(f"{features.shape[1] // self._channels} places are no square; maps need one.")
         with torch.no_grad():
-            attention, local = self.scen.look(torch.from_numpy(self._scaling(features)).to(self.device))
-            strengths = self.scen.semantic(local).cpu().numpy() * unit_rows(embeddings)  # (B, A)
-        maps = attention.cpu().numpy().reshape(len(features), -1, side, side)
-        loudest = np.argsort(-strengths, axis=1, kind="stable")[:, :top]
-        rows = np.arange(len(features))[:, None]
-        return AttentionMaps(loudest, strengths[rows, loudest], maps[rows, loudest], maps.mean(axis=1))
+            attention, places = self.scen.look(torch.from_numpy(self._scaling(features)).to(self.device))
+            strengths = self.scen.semantic(attention, places).cpu().numpy() * unit_rows(embeddings)  # (B, A): e_n phi_n
+        return AttentionMaps.loudest(attention.cpu().numpy(), strengths, top)
 
     # -- the generator -------------------------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ class SCEGG(GenerativeModel):
         found = np.empty((len(features), self._channels), np.float32)
         for start in range(0, len(features), size):
             part = torch.from_numpy(np.ascontiguousarray(features[start : start + size])).to(self.device)
-            compressed = self.scen.compress(self.scen.look(part)[1])
+            compressed = self.scen.compress(*self.scen.look(part))
             found[start : start + size] = self.scen.scaled(compressed).cpu().numpy()
         return found
 

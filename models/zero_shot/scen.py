@@ -57,23 +57,25 @@ class SCEN(nn.Module):
         self.register_buffer("width", torch.ones(channels))
 
     def look(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha (B, A, R) and h (B, A, D) of flattened maps (B, R * D)."""
-        places = maps.reshape(len(maps), -1, self.channels)  # (B, R, D)
+        """alpha (B, A, R) and the places r (B, R, D) of flattened maps (B, R * D); h is their product."""
+        places = maps.reshape(len(maps), -1, self.channels)
         if self.unit_places:
             places = functional.normalize(places, dim=2)
-        attention = ((self.vectors @ self.attend) @ places.transpose(1, 2)).softmax(dim=2)
-        return attention, attention @ places
+        attention = (places @ (self.vectors @ self.attend).T).transpose(1, 2).softmax(dim=2)
+        return attention, places
 
-    def semantic(self, local: Tensor) -> Tensor:
-        """e (B, A) of h (B, A, D)."""
-        return (local * (self.vectors @ self.embed.T)).sum(dim=2)
+    def semantic(self, attention: Tensor, places: Tensor) -> Tensor:
+        """e (B, A) of alpha (B, A, R) and r (B, R, D): answers of places, weighed, so that h is never held."""
+        answers = (places @ (self.embed @ self.vectors.T)).transpose(1, 2)  # (B, A, R)
+        return (attention * answers).sum(dim=2)
 
-    def compress(self, local: Tensor) -> Tensor:
-        """g (B, D) of h (B, A, D): a perceptron over the dimensions, the same for every channel."""
+    def compress(self, attention: Tensor, places: Tensor) -> Tensor:
+        """g (B, D) of alpha and r: a perceptron over the dimensions of h, the same for every channel."""
         if self.is_averaged:
-            return local.mean(dim=1)
-        hidden = functional.leaky_relu(self.squeeze.weight @ local + self.squeeze.bias[:, None])  # (B, A / 2, D)
-        return (self.join.weight @ hidden)[:, 0] + self.join.bias
+            return (attention.mean(dim=1, keepdim=True) @ places)[:, 0]
+        # The first layer takes shares of places together before it meets their channels: half of h, and no h.
+        before = (self.squeeze.weight @ attention) @ places + self.squeeze.bias[:, None]  # (B, A / 2, D)
+        return (self.join.weight @ functional.leaky_relu(before))[:, 0] + self.join.bias
 
     def classify(self, compressed: Tensor) -> Tensor:
         """p_g (B, C) of g (B, D)."""
@@ -98,12 +100,12 @@ class SCEN(nn.Module):
 
 def embedding_loss(network: SCEN, params: SCEGGParams, maps: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
     """Stage 1, Eq. 16: flattened maps (B, R * D), labels (B,), unit embeddings (C, A)."""
-    local = network.look(maps)[1]
+    looked = network.look(maps)
     loss = torch.zeros((), device=maps.device)
     if params.local_weight:
-        loss = loss + params.local_weight * functional.cross_entropy(network.semantic(local) @ embeddings.T, labels)
+        loss = loss + params.local_weight * functional.cross_entropy(network.semantic(*looked) @ embeddings.T, labels)
     if params.global_weight:
-        scores = network.classify(network.compress(local))
+        scores = network.classify(network.compress(*looked))
         loss = loss + params.global_weight * functional.cross_entropy(scores, labels)
     return loss
 
@@ -111,9 +113,9 @@ def embedding_loss(network: SCEN, params: SCEGGParams, maps: Tensor, labels: Ten
 def consistency_loss(network: SCEN, params: SCEGGParams, maps: Tensor, embeddings: Tensor) -> Tensor:
     """Stage 2, Eq. 17; its gradient does not reach the local embedding."""
     with torch.no_grad():
-        local = network.look(maps)[1]
-        wanted = network.semantic(local) @ embeddings.T  # (B, C)
-    squared = (network.classify(network.compress(local)) - wanted).square()
+        looked = network.look(maps)
+        wanted = network.semantic(*looked) @ embeddings.T  # (B, C)
+    squared = (network.classify(network.compress(*looked)) - wanted).square()
     return squared.mean() if params.code_compat else squared.sum(dim=1).mean()
 
 

@@ -82,6 +82,7 @@ def _method_out(method: Method) -> dict[str, Any]:
         "paper": method.paper,
         "url": method.url,
         "features": method.features,
+        "takes_dimension_vectors": method.takes_dimension_vectors,
         "parameters": method.params.model_json_schema(),
     }
 

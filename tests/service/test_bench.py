@@ -117,6 +117,23 @@ def test_all_cells_are_measured_once_with_their_settings(data: Path) -> None:
     assert {row["dataset"] for row in client.asked} == {"ds_birds", "ds_fish"}
 
 
+def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_dimensions(data: Path) -> None:
+    asked = "{method: sc_egg, datasets: [fish], dimension_words: words.txt}"
+    spec, client, results = spec_of(data, PLAN.replace("{method: sje}", asked)), FakeClient(), Results(data / "out")
+    run(client, spec, data, results)  # type: ignore[arg-type]
+    assert len(client.asked) == 2 * 2 + 3 * 2 * 2
+    of_fish = [row for row in client.asked if row["method"] == "sc_egg"]
+    assert {row["dataset"] for row in of_fish} == {"ds_fish"}
+    assert {row["dimension_knowledge_id"] for row in of_fish} == {"kn_fish/words.txt"}
+    text = write_tables(spec, data, results, PAPER)
+    assert "| raw, SJE | – | – | 15.0 ± 5.0 |" in text
+    before, after = (
+        spec_of(data),
+        spec_of(data, PLAN.replace("{method: sje}", "{method: sje, datasets: [birds, fish]}")),
+    )
+    assert [cell_key(before, cell) for cell in cells(before, data)] == [cell_key(after, c) for c in cells(after, data)]
+
+
 def test_a_second_run_measures_only_what_is_missing_or_failed_or_changed(data: Path) -> None:
     spec, client = spec_of(data), FakeClient()
     client.refuses = "eszsl"
@@ -157,6 +174,7 @@ def test_tables_show_mean_and_spread_what_failed_and_the_papers_numbers(data: Pa
         (("seeds: [0, 1]", "seeds: []"), "seeds"),
         (("{method: sje}", "{methode: sje}"), "classifiers/SJE/method"),
         (("datasets:", "datasets: ["), "no readable YAML"),
+        (("{method: sje}", "{method: sje, datasets: [whales]}"), "'SJE' names dataset 'whales'"),
     ],
 )
 def test_a_file_that_is_wrong_says_where(data: Path, change: tuple[str, str], message: str) -> None:

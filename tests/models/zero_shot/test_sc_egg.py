@@ -77,8 +77,8 @@ def cross_entropy(scores: list[float], label: int) -> float:
 def test_equations_are_plain_sums(unit_places: bool) -> None:
     params = small(unit_places=unit_places, global_weight=0.7)
     net, rows = network(params), data(6)
-    attention, local = net.look(rows.features)
-    parts = attention, local, net.semantic(local)[:, None], net.compress(local)[:, None]
+    looked = attention, places = net.look(rows.features)
+    parts = attention, attention @ places, net.semantic(*looked)[:, None], net.compress(*looked)[:, None]
     lce = gce = scr = 0.0
     for i, image in enumerate(rows.features.tolist()):
         alpha, h, e, g, p_g = plain(net, image, params)
@@ -98,16 +98,17 @@ def test_equations_are_plain_sums(unit_places: bool) -> None:
 
 def test_code_s_compression_is_the_mean_and_its_classifier_a_new_one() -> None:
     net = network(small(code_compat=True))
-    local = net.look(data().features)[1]
+    attention, places = net.look(data().features)
+    local = attention @ places
     net.is_averaged = True
-    torch.testing.assert_close(net.compress(local), local.mean(dim=1))
+    torch.testing.assert_close(net.compress(attention, places), local.mean(dim=1))
     assert net.head is not None
     torch.testing.assert_close(net.classify(local[:, 0]), net.head(local[:, 0]))
 
 
 def test_guidance_sees_generated_features_on_the_scale_of_g() -> None:
     net, rows = network(small()), data(6)
-    compressed = net.compress(net.look(rows.features)[1]).detach()
+    compressed = net.compress(*net.look(rows.features)).detach()
     net.fit_scale(compressed)
     scaled = net.scaled(compressed)
     torch.testing.assert_close((scaled.amin(dim=0), scaled.amax(dim=0)), (torch.zeros(3), torch.ones(3)))
@@ -183,8 +184,8 @@ def test_attention_maps_are_shares_ranked_by_what_speaks_for_the_class() -> None
     assert (maps.local.shape, maps.whole.shape, maps.dimensions.shape) == ((3, 3, 2, 2), (3, 2, 2), (3, 3))
     np.testing.assert_allclose(maps.local.sum(axis=(2, 3)), 1, rtol=1e-5)
     np.testing.assert_allclose(maps.whole.sum(axis=(1, 2)), 1, rtol=1e-5)
-    attention, local = model.scen.look(torch.from_numpy(rows))
-    strengths = model.scen.semantic(local).numpy() * phi / np.linalg.norm(phi, axis=1, keepdims=True)
+    attention, places = model.scen.look(torch.from_numpy(rows))
+    strengths = model.scen.semantic(attention, places).numpy() * phi / np.linalg.norm(phi, axis=1, keepdims=True)
     assert maps.dimensions[1].tolist() == sorted(range(8), key=lambda n: -strengths[1, n])[:3]
     np.testing.assert_allclose(maps.strengths[1], sorted(strengths[1], reverse=True)[:3], rtol=1e-4)
     np.testing.assert_allclose(maps.local[1, 2].ravel(), attention[1, maps.dimensions[1, 2]], rtol=1e-4)

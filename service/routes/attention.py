@@ -1,0 +1,109 @@
+"""POST /v1/classifiers/{id}/attention: where a classifier on feature maps looks, as numbers or as a picture."""
+
+from __future__ import annotations
+
+import io
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from models.data.images import ImageLimits, decode_image
+from models.data.overlays import SIDE, Tile, sheet
+from models.knowledge.names import validate_class_names
+from service.answers import AttentionOut
+from service.core.errors import Conflict, Invalid, NotFound, TooLarge, UnsupportedMedia
+from service.deps import Parts, PartsDep
+from service.image_requests import ask, read_images, ready_classifier_id
+from service.json import FastJSON
+from service.problems import documented, invalid
+
+router = APIRouter(prefix="/v1/classifiers", tags=["classify"])
+JPEG = "image/jpeg"
+
+
+class Options(BaseModel):
+    """What an attention request may say beside its images."""
+
+    model_config = ConfigDict(extra="forbid")
+    class_name: str | None = Field(None, max_length=500)
+    top_k: int = Field(8, ge=1, le=1000)
+
+
+@router.post(
+    "/{classifier_id}/attention",
+    response_model=AttentionOut,
+    responses={
+        200: {"content": {JPEG: {"schema": {"type": "string", "format": "binary"}}}},
+        **documented(NotFound, Conflict, TooLarge, UnsupportedMedia),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["images"],
+                        "properties": {
+                            "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                            **Options.model_json_schema()["properties"],
+                        },
+                    }
+                },
+                "image/*": {"schema": {"type": "string", "format": "binary"}},
+            },
+        }
+    },
+)
+async def attention(
+    classifier_id: str,
+    request: Request,
+    parts: PartsDep,
+    class_name: Annotated[
+        str | None, Query(max_length=500, description="Look for this class; default: the likeliest.")
+    ] = None,
+    top_k: Annotated[int | None, Query(ge=1, le=1000, description="Dimensions to show, the loudest first.")] = None,
+) -> Response:
+    """Where the classifier looks in images: all dimensions together, and those that speak loudest for the class.
+
+    Answers numbers, or, to `Accept: image/jpeg` and one image, a picture with the maps laid over it.
+    """
+    given = {name: value for name, value in (("class_name", class_name), ("top_k", top_k)) if value is not None}
+    images = await read_images(request, parts, given, Options.model_fields)
+    try:
+        options = Options.model_validate(images.options)
+    except ValidationError as error:
+        raise invalid(error.errors(), Options) from None
+    if options.class_name is not None:
+        (name,) = validate_class_names([options.class_name], field="class_name")
+        options = options.model_copy(update={"class_name": name})
+    wants_picture = JPEG in request.headers.get("accept", "")
+    if wants_picture and len(images.images) != 1:
+        raise Invalid(f"A picture shows one image, and {len(images.images)} were sent; send one, or accept JSON.")
+    chosen = await run_in_threadpool(ready_classifier_id, parts, classifier_id)
+    _, data = await ask(parts, parts.inference.look, {"classifier_id": chosen, **options.model_dump()}, images)
+    if not wants_picture:
+        return FastJSON({"classifier_id": chosen, "data": data})
+    if data[0]["error"]:
+        raise Invalid(f"The image could not be read: {data[0]['error']}")
+    picture = await run_in_threadpool(_picture, parts, images.images[0], data[0])
+    return Response(picture, media_type=JPEG)
+
+
+def _picture(parts: Parts, image: bytes, found: dict[str, Any]) -> bytes:
+    """A JPEG: the photo, all dimensions together, and each of the loudest."""
+    settings = parts.settings
+    limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+    photo = Image.fromarray(decode_image(image, limits, target_side=2 * SIDE))
+    shown = [Tile(photo, found["prediction"]["label"]), Tile(photo, "all dimensions", np.array(found["whole"]))]
+    shown += [
+        Tile(photo, entry["name"] or f"dimension {entry['index']}", np.array(entry["map"]))
+        for entry in found["dimensions"]
+    ]
+    content = io.BytesIO()
+    sheet(shown).save(content, "JPEG", quality=88)
+    return content.getvalue()

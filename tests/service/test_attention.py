@@ -1,0 +1,167 @@
+"""POST /v1/classifiers/{id}/attention, and what dimensions are called, from the request to the maps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.zero_shot.base import load_classifier
+from models.zero_shot.sc_egg import SCEGG
+from service.answers import AttentionOut
+from service.client import Client
+from service.core.tables import Classifier
+from service.schemas import ClassifierOut, JobOut
+from tests.service.harness import LiveApi, Server, checked, png, problem
+from tests.service.tasks import finish
+from workers.inference import create_inference_app
+from workers.library import CLASSIFIER_FILES
+from workers.sources import unpack
+from workers.training import train_classifier
+
+RAW = {"content-type": "image/png"}
+QUICK = {
+    "epochs": 1, "steps_per_epoch": 2, "batch_size": 8, "hidden_dim": 8, "critic_steps": 1, "synthetic_per_class": 4,
+    "embedding_epochs": 1, "compression_epochs": 1, "vector_dim": 4, "embedding_learning_rate": 1e-6,
+}  # fmt: skip
+
+
+def url(classifier_id: str) -> str:
+    return f"/v1/classifiers/{classifier_id}/attention"
+
+
+def test_maps_of_each_image_as_numbers(live_api: LiveApi) -> None:
+    classifier = live_api.classifier(method="sc_egg")
+    files = [("images", ("a.png", png(1))), ("images", ("b.png", b"junk"))]
+    answer = live_api.client.post(url(classifier), files=files, data={"class_name": " okapi ", "top_k": "2"})
+    body = checked(answer, AttentionOut)
+    good, bad = body["data"]
+    assert (body["classifier_id"], good["filename"], good["error"]) == (classifier, "a.png", None)
+    assert [entry["index"] for entry in good["dimensions"]] == [0, 1]
+    assert "not an image" in bad["error"]
+    assert (bad["prediction"], bad["whole"], bad["dimensions"]) == (None, None, [])
+    kind, sent = live_api.inference.calls[-1]
+    assert (kind, sent["class_name"], sent["top_k"]) == ("look", "okapi", 2)
+
+
+def test_a_picture_for_those_who_accept_one(live_api: LiveApi) -> None:
+    classifier = live_api.classifier(method="sc_egg")
+    headers = {**RAW, "accept": "image/jpeg"}
+    answer = live_api.client.post(url(classifier), content=png(1), headers=headers)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
+    shown = Image.open(io.BytesIO(answer.content))
+    assert shown.format == "JPEG"
+    assert shown.width > shown.height  # the photo, all dimensions, and two of them in a row
+    files = [("images", ("a.png", png(1))), ("images", ("b.png", png(2)))]
+    two = live_api.client.post(url(classifier), files=files, headers={"accept": "image/jpeg"})
+    problem(two, 422, "2 were sent")
+    problem(live_api.client.post(url(classifier), content=b"junk", headers=headers), 422, "could not be read")
+
+
+def test_the_client_asks_for_both(live_api: LiveApi) -> None:
+    classifier = live_api.classifier(method="sc_egg")
+    with Client(str(live_api.client.base_url)) as client:
+        found = client.attention(classifier, [png(1), png(2)], class_name="okapi", top_k=2)
+        assert [row["index"] for row in found["data"]] == [0, 1]
+        assert client.attention_picture(classifier, png(1))[:2] == b"\xff\xd8"
+
+
+def test_bad_requests_say_what_is_wrong(live_api: LiveApi) -> None:
+    classifier = live_api.classifier(method="sc_egg")
+    for options, what in (("?top_k=0", "top_k"), ("?class_name=%20", "class_name")):
+        problem(live_api.client.post(url(classifier) + options, content=png(1), headers=RAW), 422, what)
+    problem(live_api.client.post(url(classifier), json={"inputs": ""}), 415, "multipart/form-data")
+    problem(live_api.client.post(url("cl_none"), content=png(1), headers=RAW), 404, "cl_none")
+    queued = live_api.classifier("queued", method="sc_egg")
+    problem(live_api.client.post(url(queued), content=png(1), headers=RAW), 409, "queued")
+
+
+@pytest.fixture
+def api(own_api: LiveApi) -> Iterator[LiveApi]:
+    """An API whose inference process is the real one."""
+    own_api.stop_inference()
+    socket = own_api.settings.resolved_inference_url.removeprefix("unix://")
+    server = Server(create_inference_app(own_api.settings), uds=socket, lifespan="on")
+    yield own_api
+    server.stop()
+
+
+def knowledge(api: LiveApi, vectors: dict[str, list[float]], names: list[str] | None = None) -> str:
+    body: dict[str, Any] = {"name": "k", "vectors": vectors}
+    body |= {"kind": "attributes", "attribute_names": names} if names else {}
+    job = api.client.post("/v1/knowledge", json=body).json()
+    assert finish(api, job["id"])["status"] == "succeeded"
+    return str(job["resource"]["id"])
+
+
+def trained(api: LiveApi, method: str = "sc_egg", **fields: Any) -> dict[str, Any]:
+    """A classifier of three attributes, from drawn photos."""
+    body = {
+        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
+        "unseen_classes": ["zebra"],
+        "method": method,
+        "params": QUICK if method == "sc_egg" else {},
+        "backbone": {"name": "small_cnn", "weights": "random"},
+        "image_size": 64,
+        **fields,
+    }
+    job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
+    ended = finish(api, job["id"], {"train_classifier": train_classifier})
+    assert ended["status"] == "succeeded", ended["error"]
+    return checked(api.client.get(job["resource"]["href"]), ClassifierOut)
+
+
+ATTRIBUTES = {"cat": [1.0, 0.0, 0.2], "dog": [0.0, 1.0, 0.1], "zebra": [0.7, 0.7, 1.0]}
+
+
+def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo(api: LiveApi, tmp_path: Any) -> None:
+    words = {"furry": [3.0, 0.0], "tail": [0.0, 2.0]}
+    row = trained(
+        api,
+        knowledge_id=knowledge(api, ATTRIBUTES, ["furry", "quadrapedal", "tail"]),
+        dimension_knowledge_id=knowledge(api, words),
+    )
+    assert any("quadrapedal" in warning for warning in row["metrics"]["warnings"])
+    with api.parts.database.read() as session:
+        artifacts = session.get_one(Classifier, row["id"]).artifacts
+    model = load_classifier(unpack(api.parts.store, artifacts, CLASSIFIER_FILES, tmp_path))
+    assert isinstance(model, SCEGG)
+    np.testing.assert_allclose(model.scen.vectors.numpy()[[0, 2]], [[1, 0], [0, 1]], atol=1e-3)
+    answer = api.client.post(f"{url(row['id'])}?class_name=zebra&top_k=2", content=png(99), headers=RAW)
+    (found,) = checked(answer, AttentionOut)["data"]
+    assert found["prediction"]["label"] == "zebra"
+    assert found["dimensions"][0]["strength"] >= found["dimensions"][1]["strength"]
+    assert {entry["name"] for entry in found["dimensions"]} <= {"furry", "quadrapedal", "tail"}
+    for places in (found["whole"], *(entry["map"] for entry in found["dimensions"])):
+        assert np.shape(places)[0] == np.shape(places)[1] > 1
+        assert np.sum(places) == pytest.approx(1, abs=1e-3)
+
+
+def test_names_of_the_request_go_before_and_methods_without_places_are_refused(api: LiveApi) -> None:
+    row = trained(api, knowledge_id=knowledge(api, ATTRIBUTES), dimension_names=["a", "b", "c"])
+    (found,) = checked(api.client.post(url(row["id"]), content=png(9), headers=RAW), AttentionOut)["data"]
+    assert sorted(entry["name"] for entry in found["dimensions"]) == ["a", "b", "c"]
+    other = trained(api, "sje", knowledge_id=knowledge(api, ATTRIBUTES))
+    problem(api.client.post(url(other["id"]), content=png(9), headers=RAW), 422, "no attention maps")
+
+
+def test_vectors_and_names_that_do_not_fit_are_told_before_a_job_is_queued(start_api: Callable[..., LiveApi]) -> None:
+    api = start_api()
+    plain, words = knowledge(api, ATTRIBUTES), knowledge(api, {"furry": [1.0]})
+    body: dict[str, Any] = {
+        "dataset_id": api.dataset(), "unseen_classes": ["zebra"], "method": "sc_egg", "knowledge_id": plain,
+        "backbone": {"name": "small_cnn", "weights": "random"},
+    }  # fmt: skip
+
+    def pointers(status: int, **fields: Any) -> list[str]:
+        answer = problem(api.client.post("/v1/classifiers", json={**body, **fields}), status, "")
+        return [entry["pointer"] for entry in answer.get("errors", [])]
+
+    assert "/dimension_names" in pointers(422, dimension_names=["one"])
+    assert "/dimension_names" in pointers(422, dimension_knowledge_id=words)
+    assert "/dimension_knowledge_id" in pointers(422, dimension_knowledge_id=words, method="sje")
+    pointers(404, dimension_knowledge_id="kn_none")
