@@ -310,6 +310,17 @@ class ClassifierCreate(Body):
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
 
+class ClassifierEstimate(BaseModel):
+    """What training would hold in memory, and everything wrong with the request."""
+
+    valid: bool
+    problems: list[dict[str, str]]
+    warnings: list[dict[str, str]] = Field(description="What makes no request invalid, such as half-known names.")
+    n_images: int = Field(description="Images that training and tests read.")
+    memory_bytes: int | None = Field(description="None where the features' size is known in the job only.")
+    basis: str = Field(description="Where the estimate comes from.")
+
+
 class ClassifierOut(BaseModel):
     """A classifier and what was measured."""
 

@@ -21,11 +21,13 @@ from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
 from models.knowledge.base import require
 from models.params import BackboneParams, EmbeddingSetParams, Params, ScratchParams, SearchParams
+from models.training_memory import refusal, training_bytes
 from models.zero_shot.base import create_classifier
 from models.zero_shot.checkpoints import CheckpointParts
 from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.search import search_params
 from service.core import repositories
+from service.core.process import memory_bytes
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
 from workers.checkpoints import JobCheckpoints
@@ -274,6 +276,7 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
     contents = [row.sha256 for row in everything]
     size = _image_size(inputs)
     network = feature_network(backbone, inputs.row.method, size, inputs.row.params)
+    _require_memory(context, inputs, len(rows.train), len(everything) - len(rows.train), network.feature_dim)
     table = image_features(context, contents, network, whole_image(size), phase="image_features")
     channels = getattr(network, "channels", None)
     tail = network.tail() if isinstance(network, Trunk) else None
@@ -288,6 +291,16 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
     train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
     about = describe_backbone(params, backbone)
     return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures))
+
+
+def _require_memory(context: TaskContext, inputs: Inputs, n_train: int, n_test: int, numbers: int) -> None:
+    """InvalidInput where training would hold more than this machine has, before features are computed."""
+    params = inputs.row.params
+    is_scaled = params.get("normalize") != "none"
+    needed = training_bytes(n_train, n_test, numbers, folds=params.get("folds") or 1, is_scaled=is_scaled)
+    have = context.settings.worker_memory_bytes or memory_bytes()
+    if have is not None and needed > have:
+        raise InvalidInput(refusal(n_train + n_test, numbers, needed, have), field="method")
 
 
 def _trained_backbone(

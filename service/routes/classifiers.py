@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
@@ -12,6 +12,7 @@ from models.catalog import get_method
 from models.errors import UnknownName
 from models.knowledge.names import normalize_class_name
 from models.params import EmbeddingSetParams, search_space
+from service.classifier_cost import plan_memory
 from service.core import jobs, repositories
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
@@ -33,10 +34,11 @@ from service.planning import (
 from service.problems import documented, validation_problems
 from service.routes.embedding_sets import require_ready
 from service.routes.knowledge import ready_knowledge
-from service.schemas import ClassifierCreate, ClassifierOut, JobOut, Page
+from service.schemas import ClassifierCreate, ClassifierEstimate, ClassifierOut, JobOut, Page
 from service.submit import JOB_HEADERS, submit
 
 router = APIRouter(prefix="/v1/classifiers", tags=["classifiers"])
+DEFAULT_IMAGE_SIZE = 224
 FIELDS = (
     "id",
     "name",
@@ -71,26 +73,36 @@ def listed(row: Classifier) -> dict[str, Any]:
     "",
     status_code=202,
     response_model=JobOut,
-    responses={202: {"headers": JOB_HEADERS}, **documented(NotFound, Conflict)},
+    responses={
+        202: {"headers": JOB_HEADERS},
+        200: {"model": ClassifierEstimate, "description": "The estimate, for validate_only."},
+        **documented(NotFound, Conflict),
+    },
 )
-async def create_classifier(body: ClassifierCreate, parts: PartsDep) -> Response:
-    """Trains a classifier in a job; its metrics come with the classifier."""
+async def create_classifier(
+    body: ClassifierCreate,
+    parts: PartsDep,
+    validate_only: Annotated[bool, Query(description="Check and estimate; queue nothing.")] = False,
+) -> Response:
+    """Trains a classifier in a job; `?validate_only=true` finds every problem and estimates the memory."""
     for needed in (body.knowledge_id, body.dimension_knowledge_id):
         if needed is not None:
             await run_in_threadpool(ready_knowledge, parts, needed)
-    plan, params = await run_in_threadpool(_plan, parts, body)
+    plan, params, cost = await run_in_threadpool(_plan, parts, body)
     if body.knowledge_id is not None:
-        await check_knowledge(parts.inference, body.knowledge_id, plan, required=False)
+        await check_knowledge(parts.inference, body.knowledge_id, plan, required=validate_only)
+    if validate_only:
+        return FastJSON({**cost, **plan.findings()})
     plan.raise_if_invalid()
     return await run_in_threadpool(_create, parts, body, plan, params)
 
 
-def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
-    plan = Plan()
+def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
+    plan, size = Plan(), body.image_size
     params = _plan_method(plan, body)
     if (body.embedding_set_id is None) == (body.knowledge_id is None):
         plan.add("/embedding_set_id", "Give either embedding_set_id or knowledge_id, and not both.")
-        return plan, params
+        return plan, params, {"n_images": 0, "memory_bytes": None, "basis": ""}
     with parts.database.read() as session:
         dataset = repositories.get(session, Dataset, body.dataset_id)
         sizes = dataset_class_sizes(session, dataset)
@@ -99,13 +111,15 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
         if body.embedding_set_id is not None:
             row = require_ready(session, repositories.get(session, EmbeddingSet, body.embedding_set_id))
             known = dict(repositories.class_names_of(session, row.id))
-            network = network or EmbeddingSetParams.model_validate(row.params).backbone
+            made_of = EmbeddingSetParams.model_validate(row.params)
+            network, size = network or made_of.backbone, size or made_of.patches.size
             seen, unseen = _classes_from_set(known, seen, unseen)
             plan_dimensions(plan, body, row.dim, ())
         else:
             used = repositories.get(session, Knowledge, body.knowledge_id or "")
             plan_dimensions(plan, body, used.dim, used.summary.get("attribute_names") or ())
         plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes, spelled=known)
+        cost = plan_memory(session, plan, dataset, body, params, network, size or DEFAULT_IMAGE_SIZE, parts.settings)
         if known is not None:
             plan_known(plan, "/unseen_classes", plan.unseen_classes, known, "embedding set")
             plan_known(plan, "/seen_classes", plan.seen_classes, known, "embedding set")
@@ -122,7 +136,7 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any]]:
     plan_validation(plan, body.validation_classes, "/validation_classes")
     if body.search is not None:
         _plan_search(plan, body)
-    return plan, params
+    return plan, params, cost
 
 
 def _plan_search(plan: Plan, body: ClassifierCreate) -> None:
