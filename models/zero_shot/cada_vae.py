@@ -149,13 +149,14 @@ def loss_terms(
     of_features, of_embeddings = network.encode_features(features), network.encode_embeddings(embeddings)
     from_features = sample(of_features, generator, code_compat=code_compat)  # (B, L)
     from_embeddings = sample(of_embeddings, generator, code_compat=code_compat)
-    decode_features, decode_embeddings = network.feature_decoder, network.embedding_decoder
+    # Once through each decoder: with few rows a step, reading the weights is most of the work.
+    latents = torch.cat([from_features, from_embeddings])  # (2 B, L)
+    features_rebuilt, features_crossed = network.feature_decoder(latents).chunk(2)
+    embeddings_crossed, embeddings_rebuilt = network.embedding_decoder(latents).chunk(2)
     return {
-        "rebuilt": _missed(features, decode_features(from_features))
-        + _missed(embeddings, decode_embeddings(from_embeddings)),
+        "rebuilt": _missed(features, features_rebuilt) + _missed(embeddings, embeddings_rebuilt),
         "divergence": kl_divergence(*of_features).mean() + kl_divergence(*of_embeddings).mean(),
-        "crossed": _missed(features, decode_features(from_embeddings))
-        + _missed(embeddings, decode_embeddings(from_features)),
+        "crossed": _missed(features, features_crossed) + _missed(embeddings, embeddings_crossed),
         "distance": distribution_distance(of_features, of_embeddings).mean(),
     }
 
