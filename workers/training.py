@@ -20,6 +20,7 @@ from models.embedding.class_embedder import ClassEmbedder
 from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
 from models.knowledge.base import require
+from models.knowledge.tables import attribute_groups
 from models.params import BackboneParams, EmbeddingSetParams, Params, ScratchParams, SearchParams
 from models.training_memory import refusal, training_bytes
 from models.zero_shot.base import create_classifier
@@ -83,9 +84,9 @@ def train_classifier(context: TaskContext) -> Publisher:
     embeddings, warnings = _class_embeddings(context, inputs)
     tables = _features(context, inputs, device)
     validation = _validation_classes(inputs)
-    given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
-    params = _with_groups(context, inputs, given)
     dimensions = read_dimensions(context, inputs.row, inputs.knowledge, embeddings.shape[1])
+    given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
+    params = _with_groups(given, dimensions.names)
     warnings += dimensions.warnings
     learned_from = (tables.train, embeddings[: len(inputs.seen)])
     chosen_on: dict[str, Any] = {
@@ -202,12 +203,11 @@ def _class_embeddings(context: TaskContext, inputs: Inputs) -> tuple[FloatArray,
     return require(lookup, field="unseen_classes"), lookup.warnings
 
 
-def _with_groups(context: TaskContext, inputs: Inputs, params: Params) -> Params:
-    """Groups of attributes as the knowledge's own names tell them, where the method takes groups and none are given."""
-    if getattr(params, "attribute_groups", ()) is not None or inputs.embedding_set is not None:
+def _with_groups(params: Params, names: Sequence[str] | None) -> Params:
+    """Groups of attributes as the dimensions' names tell them, where the method takes groups and none are given."""
+    if getattr(params, "attribute_groups", ()) is not None or names is None:
         return params
-    source = open_knowledge(inputs.knowledge, context.store, context.settings)
-    return params.model_copy(update={"attribute_groups": getattr(source, "attribute_groups", None)})
+    return params.model_copy(update={"attribute_groups": attribute_groups(names)})
 
 
 def _validation_classes(inputs: Inputs) -> tuple[str, ...]:

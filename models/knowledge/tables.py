@@ -63,15 +63,6 @@ class ClassTable:
         """Length of a vector."""
         return int(self.vectors.shape[1])
 
-    @property
-    def attribute_groups(self) -> tuple[int, ...] | None:
-        """Number of each dimension's group, where all are named 'group::value' as in CUB's lists; else None."""
-        parts = [name.partition("::") for name in self.attribute_names or ()]
-        if not parts or not all(separator for _, separator, _ in parts):
-            return None
-        number = {group: i for i, group in enumerate(dict.fromkeys(group for group, _, _ in parts))}
-        return tuple(number[group] for group, _, _ in parts)
-
     def lookup(self, names: Sequence[str]) -> Lookup:
         """Vectors (n_names, dim) of `names`, compared normalised; zero rows, with suggestions, where missing."""
         vectors = np.zeros((len(names), self.dim), np.float32)
@@ -151,6 +142,15 @@ class ClassTable:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InvalidInput(f"No usable class table in {directory.name!r}: {error}. Make it again.") from error
         return class_table(*given, arrays.get("attribute_vectors"))
+
+
+def attribute_groups(names: Sequence[str]) -> tuple[int, ...] | None:
+    """Number of each dimension's group, where all are named 'group::value' as in CUB's lists; else None."""
+    parts = [name.partition("::") for name in names]
+    if not parts or not all(separator for _, separator, _ in parts):
+        return None
+    number = {group: i for i, group in enumerate(dict.fromkeys(group for group, _, _ in parts))}
+    return tuple(number[group] for group, _, _ in parts)
 
 
 def class_table(

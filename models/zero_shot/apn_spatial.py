@@ -30,15 +30,16 @@ from torch.nn import functional
 
 from models.backbone_parts import Tail
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress
-from models.errors import InvalidInput, ShapeMismatch
+from models.errors import InvalidInput, NotFitted, ShapeMismatch
 from models.params import Params
 from models.spatial_params import APNSpatialParams
+from models.zero_shot.attention import AttentionMaps
 from models.zero_shot.bilinear import INITIAL_WEIGHT
 from models.zero_shot.checkpoints import Run
 from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import GradientModel, TrainingData
-from models.zero_shot.scaling import Scaling
+from models.zero_shot.scaling import Scaling, unit_rows
 
 PART = 64
 """Images through the network at a time where nothing is learned."""
@@ -167,6 +168,29 @@ class APNSpatial(GradientModel):
     def _score(self, features: Tensor, embeddings: Tensor) -> Tensor:
         return torch.cat([self.network(part) for part in torch.split(features, PART)]) @ embeddings.T
 
+    def attention(self, features: FloatArray, embeddings: FloatArray, *, top: int = 8) -> AttentionMaps:
+        """Where prototypes answer: raw features (B, feature_dim), each image for its row of embeddings (B, E).
+
+        strengths: a_k phi_k. local: M^k above its least place. Raises NotFitted, ShapeMismatch.
+        """
+        if not self._fitted:
+            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
+        if features.ndim != 2 or features.shape[1] != self._dims[0] or embeddings.shape != (
+            len(features), self._dims[1],
+        ):  # fmt: skip
+            raise ShapeMismatch(
+                f"features {features.shape} and embeddings {embeddings.shape} must be (n_images, {self._dims[0]}) and "
+                f"(n_images, {self._dims[1]}), as in training."
+            )
+        rows = torch.from_numpy(np.ascontiguousarray(self._scaling(features))).to(self.device)
+        with torch.no_grad():
+            found = self.network.attributes(self._maps(rows))[1].transpose(1, 2)  # (B, E, R)
+            # A prototype that answers everywhere alike looks at every place.
+            above = found - found.amin(dim=2, keepdim=True) + 1e-6
+            shares = (above / above.sum(dim=2, keepdim=True)).cpu().numpy()
+        strengths = found.amax(dim=2).cpu().numpy() * unit_rows(embeddings)
+        return AttentionMaps.loudest(shares, strengths, top)
+
     @torch.no_grad()
     def _maps(self, features: Tensor) -> Tensor:
         """(N, R, D) of features (N, feature_dim) as the network is now."""
@@ -217,6 +241,7 @@ class APNSpatial(GradientModel):
         self._tail = None if recipe is None else Tail.rebuilt(recipe)
         self._channels = len(state["centre"])
         super()._restore(state)
+        self._tail = self.network.tail  # one copy is enough
 
 
 def decorrelation(weights: Tensor, groups: Tensor | None) -> Tensor:

@@ -114,6 +114,30 @@ def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(
     with torch.no_grad():
         learned, before = (tail(torch.from_numpy(features)) for tail in (model.network.tail, trunk.tail()))
     assert not torch.allclose(learned, before)
+    place = f"{job['resource']['href']}/attention"
+    looked = api.client.post(place, content=png(99), headers={"Content-Type": "image/png"})
+    assert looked.status_code == 200, looked.text
+
+
+def test_groups_of_attributes_come_from_the_names_of_the_knowledge(api: LiveApi) -> None:
+    vectors = {"cat": [1.0, 0.0, 0.2], "dog": [0.0, 1.0, 0.1], "zebra": [0.7, 0.7, 1.0]}
+    names = ["coat::striped", "coat::plain", "size::large"]
+    given = {"name": "k", "kind": "attributes", "vectors": vectors, "attribute_names": names}
+    job = api.client.post("/v1/knowledge", json=given).json()
+    assert finish(api, job["id"])["status"] == "succeeded"
+    body = {
+        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
+        "knowledge_id": job["resource"]["id"],
+        "unseen_classes": ["zebra"],
+        "method": "apn_spatial",
+        "params": APN,
+        "backbone": NETWORK,
+        "image_size": 32,
+    }
+    trained = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
+    assert finish(api, trained["id"], {"train_classifier": train_classifier})["status"] == "succeeded"
+    row = checked(api.client.get(trained["resource"]["href"]), ClassifierOut)
+    assert row["params"]["attribute_groups"] == [0, 0, 1]
 
 
 def test_networks_whose_last_layers_cannot_be_trained_apart_are_refused_at_once(live_api: LiveApi) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from models.backbone_parts import Trunk
 from models.backbones import create_backbone
 from models.base import FloatArray, LabelledFeatures, OnProgress, Progress, ignore_progress
-from models.errors import Cancelled, InvalidInput, ShapeMismatch
+from models.errors import Cancelled, InvalidInput, NotFitted, ShapeMismatch
 from models.evaluation import mean_per_class_accuracy
 from models.spatial_params import APNSpatialParams
 from models.zero_shot.apn_spatial import APNSpatial, compactness, decorrelation
@@ -194,6 +194,32 @@ def test_prototypes_find_an_attribute_at_its_place() -> None:
         found = model.network.attributes(model.network.places(torch.from_numpy(train.features)))[1].numpy()
     strong = phi[labels] > 0.5
     assert np.mean(found.argmax(axis=1)[strong] == where[strong]) > 0.9
+
+
+def test_attention_is_where_the_prototypes_of_the_class_answer() -> None:
+    generator = np.random.default_rng(1)
+    maps = np.abs(generator.normal(size=(40, 4 * 6))).astype(np.float32)
+    train = LabelledFeatures(maps, np.arange(40) % 4, ("a", "b", "c", "d"), channels=6)
+    phi = generator.normal(size=(4, 5)).astype(np.float32)
+    with pytest.raises(NotFitted):
+        APNSpatial().attention(maps, phi[train.labels])
+    model = APNSpatial(params(epochs=2)).fit(train, phi)
+    looked = model.attention(maps, 3 * phi[train.labels], top=3)
+    with torch.no_grad():
+        found = model.network.attributes(model.network.places(torch.from_numpy(maps)))[1].numpy()
+    strengths = found.max(axis=1) * unit_rows(phi)[train.labels]
+    assert np.array_equal(looked.dimensions, np.argsort(-strengths, axis=1)[:, :3])
+    np.testing.assert_allclose(looked.strengths, -np.sort(-strengths, axis=1)[:, :3], rtol=1e-4, atol=1e-5)
+    assert looked.local.shape == (40, 3, 2, 2)
+    assert looked.whole.shape == (40, 2, 2)
+    np.testing.assert_allclose(looked.local.sum(axis=(2, 3)), 1, rtol=1e-4)
+    one = found[7][:, looked.dimensions[7, 0]]
+    np.testing.assert_allclose(looked.local[7, 0].ravel(), (one - one.min()) / (one - one.min()).sum(), atol=1e-3)
+    with pytest.raises(ShapeMismatch, match="as in training"):
+        model.attention(maps[:, :20], phi[train.labels])
+    data = photos()
+    rows = data.unseen.features[:3]
+    assert tuned()[0].attention(rows, data.unseen_embeddings[:3]).whole.shape == (3, 2, 2)
 
 
 # -- the network learns, too -------------------------------------------------------------------------------------------
