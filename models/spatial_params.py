@@ -33,7 +33,7 @@ class APNSpatialParams(GradientParams):
         description="Mode finetune: passes over the features as they are before the network learns.",
     )
     backbone_learning_rate: float = Field(
-        3e-5, gt=0, le=1, description="Mode finetune: Adam's step size for the network."
+        1e-5, gt=0, le=1, description="Mode finetune: Adam's step size for the network; the code: 1e-6 and less."
     )
     learning_rate: float = Field(
         1e-3,
