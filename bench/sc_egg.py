@@ -180,6 +180,7 @@ def main() -> None:
             model = trained(photos, CELLS[name], settings, seed)
             found = {key: round(float(model.validation_[key]), 3) for key in ("t1", "h")}
             line = {"cell": name, "seed": seed, "validation": found, "chosen": model.validation_["setting"]}
+            line["curve"] = [round(entry["validation_t1"], 2) for entry in model.history_ if "validation_t1" in entry]
             if asked.test:
                 line["test"] = {key: round(100 * value, 1) for key, value in tested(photos, CELLS[name], model).items()}
             print(json.dumps({**line, "cpu_s": round(time.process_time() - started), "settings": settings}), flush=True)

@@ -111,9 +111,16 @@ class SCEGGParams(TFVAEGANParams):
     )
     unit_places: bool = Field(True, description="Bring each place of the map to unit length, as the code does.")
     vector_dim: int = Field(300, ge=1, le=4096, description="Width of the vectors v_n, where none are given.")
+    center_vectors: bool = Field(
+        True,
+        description="Take the mean off given vectors v_n: words have much in common, and all dimensions of the class "
+        "embedding would look at the same places.",
+    )
     embedding_epochs: int = Field(20, ge=1, le=10_000, description="Passes over the images in stage 1.")
     compression_epochs: int = Field(20, ge=0, le=10_000, description="The same in stage 2; 0 leaves L_SCR out.")
-    embedding_learning_rate: float = Field(1e-4, gt=0, le=10, description="Step size in stages 1 and 2.")
+    embedding_learning_rate: float = Field(
+        1e-3, gt=0, le=10, description="Step size in stages 1 and 2; the paper: 0.0001."
+    )
     local_weight: float = Field(1.0, ge=0, le=1e4, description="Weight of L_LCE; 0 leaves it out.")
     global_weight: float = Field(1.0, ge=0, le=1e4, description="lambda_g, weight of L_GCE; 0 leaves it out.")
     guidance_weight: float = Field(0.1, ge=0, le=1e4, description="lambda_s, weight of L_EGS; 0 leaves it out.")

@@ -162,7 +162,7 @@ class SCEGG(GenerativeModel):
         vectors = (
             torch.randn(n_dims, self.params.vector_dim, generator=weights)
             if self._vectors is None
-            else torch.from_numpy(self._vectors)
+            else torch.from_numpy(_centred(self._vectors) if self.params.center_vectors else self._vectors)
         )
         self.scen = SCEN(self._channels, vectors, len(train.embeddings), self.params, weights).to(self.device)
         chance = torch.Generator(self.device).manual_seed(self.seed)
@@ -240,6 +240,13 @@ def _checked_channels(features: LabelledFeatures) -> int:
     if channels < 1 or shape[1] % channels:
         raise ShapeMismatch(f"features {shape} are no maps: {shape[1]} is no multiple of {channels} channels.")
     return channels
+
+
+def _centred(vectors: FloatArray) -> FloatArray:
+    """The vectors without their mean, or as they are where that leaves one of them nothing."""
+    found = vectors - vectors.mean(axis=0)
+    lengths = np.linalg.norm(found, axis=1)
+    return found if lengths.min() > 1e-3 * lengths.max() else vectors
 
 
 def _checked_vectors(vectors: FloatArray, class_embeddings: FloatArray) -> FloatArray:

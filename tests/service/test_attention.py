@@ -124,6 +124,7 @@ def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo
         api,
         knowledge_id=knowledge(api, ATTRIBUTES, ["furry", "quadrapedal", "tail"]),
         dimension_knowledge_id=knowledge(api, words),
+        params={**QUICK, "center_vectors": False},
     )
     assert any("quadrapedal" in warning for warning in row["metrics"]["warnings"])
     with api.parts.database.read() as session:

@@ -201,8 +201,14 @@ def test_given_vectors_are_where_learning_starts() -> None:
     vectors = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     params = small(embedding_epochs=1, embedding_learning_rate=1e-6)
     model = SCEGG(params).fit(MADE.train, MADE.seen_embeddings, dimension_vectors=vectors)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    np.testing.assert_allclose(model.scen.vectors.numpy(), unit, atol=1e-4)
+    as_given = SCEGG(params.model_copy(update={"center_vectors": False})).fit(
+        MADE.train, MADE.seen_embeddings, dimension_vectors=vectors
+    )
+    for found, start in ((model, vectors - vectors.mean(axis=0)), (as_given, vectors)):
+        unit = start / np.linalg.norm(start, axis=1, keepdims=True)
+        np.testing.assert_allclose(found.scen.vectors.numpy(), unit, atol=1e-4)
+    alike = SCEGG(params).fit(MADE.train, MADE.seen_embeddings, dimension_vectors=np.ones((8, 4), np.float32))
+    np.testing.assert_allclose(alike.scen.vectors.numpy(), 0.5, atol=1e-4)
     for wrong in (vectors[:7], vectors[0], np.full((8, 4), np.nan, np.float32)):
         with pytest.raises(ShapeMismatch, match="dimension_vectors"):
             SCEGG(params).fit(MADE.train, MADE.seen_embeddings, dimension_vectors=wrong)
