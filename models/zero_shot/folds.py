@@ -10,6 +10,8 @@ from models.base import FloatArray, IntArray
 
 HELD_OUT_SHARE = 0.2
 """Share of each class's training images that stands in for seen test images while gamma is chosen."""
+ENOUGH_CLASSES = 10
+"""Fewer classes than this tell settings apart badly: on three, T1 went down where it went up over all."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ def class_folds(n_classes: int, first: IntArray, n_folds: int, seed: int) -> lis
         n_groups = max(1, round(len(others) / len(first)))
         folds += [np.sort(group) for group in np.array_split(others, n_groups)][: n_folds - 1]
     return folds
+
+
+def enough_folds(n_first: int) -> int:
+    """How many folds of about `n_first` classes let 10 classes take a turn."""
+    return -(-ENOUGH_CLASSES // max(1, n_first))
 
 
 def held_out_slice(labels: IntArray, seed: int) -> tuple[IntArray, IntArray]:

@@ -37,7 +37,7 @@ from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import TrainingData
 
 PART_ROWS = 8192
-_FINAL, _SEEN = "final/", "seen_embeddings"
+_FINAL, _SEEN, _SHIFT = "final/", "seen_embeddings", "shift"
 
 
 class GenerativeModel(EpochModel):
@@ -76,9 +76,8 @@ class GenerativeModel(EpochModel):
     def _epochs(self, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         weights = torch.Generator().manual_seed(self.seed)
         chance = torch.Generator(self.device).manual_seed(self.seed)
-        features, labels, embeddings = (
-            torch.from_numpy(array).to(self.device) for array in (train.features, train.labels, train.embeddings)
-        )
+        features, labels = (torch.from_numpy(array).to(self.device) for array in (train.features, train.labels))
+        embeddings = self._conditions(train.embeddings)
         self.network = self._make_network(features.shape[1], embeddings.shape[1], weights).to(self.device)
         run.add(network=self.network, chance=Chance(chance))
         data = TrainingData(features, labels, embeddings, chance, run)
@@ -94,13 +93,17 @@ class GenerativeModel(EpochModel):
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         used, history = super()._learn(train, setting, on_progress)
         self._final = make_final(self.params, self.seed, (setting or {}).get("shrinkage"))
-        self._final.fit(self._real(train))
+        real = self._real(train)
+        self._final.fit(real)
+        self._shift = self._shift_to(real)
         return {**(setting or {}), **used}, history
 
     def _validate(self, validation: Rows) -> dict[str, float]:
         """T1 by linear discriminants; their shrinkage is the best for this epoch, unless it is given."""
         final = LinearDiscriminants(self.params, self.seed)
-        final.fit_covariance(self._real(self._train))
+        real = self._real(self._train)
+        final.fit_covariance(real)
+        self._shift = self._shift_to(real)
         rows, classes = self._represented(validation.features), self._competing(validation.embeddings)
         names = [str(i) for i in range(len(validation.embeddings))]
         tried = {
@@ -133,9 +136,21 @@ class GenerativeModel(EpochModel):
             found[part] = final.scores(self._represented(features[part]), classes).cpu().numpy()
         return found
 
+    def _conditions(self, embeddings: FloatArray) -> Tensor:
+        """Unit embeddings (C, E) as the networks see them.
+
+        Unit vectors of classes are mostly their common mean; what is left beside it is small beside the noise, and
+        networks learn it last.
+        """
+        if self.params.center_embeddings:
+            mean = self._seen.mean(axis=0)
+            length = float(np.sqrt(np.mean(np.sum((self._seen - mean) ** 2, axis=1))))
+            embeddings = (embeddings - mean) / np.float32(length if length > 1e-6 else 1)
+        return torch.from_numpy(np.ascontiguousarray(embeddings)).to(self.device)
+
     def _competing(self, embeddings: FloatArray) -> Competing:
         """The classes of unit `embeddings` (C, E) as the final classifier wants them."""
-        generated = _Generated(self, torch.from_numpy(np.ascontiguousarray(embeddings)).to(self.device))
+        generated = _Generated(self, self._conditions(embeddings), self._shift)
         return Competing(embeddings, match_seen(embeddings, self._seen), generated)
 
     @torch.no_grad()
@@ -148,13 +163,25 @@ class GenerativeModel(EpochModel):
         labels = torch.from_numpy(train.labels).to(self.device)
         return RealRows(self._represented(train.features), labels, len(train.embeddings))
 
+    @torch.no_grad()
+    def _shift_to(self, real: RealRows) -> Tensor:
+        """(R,): how far generated rows of the seen classes lie off their `real` ones, in the mean over classes."""
+        shift = torch.zeros(real.rows.shape[1], device=real.rows.device)
+        if not self.params.shift_generated:
+            return shift
+        generated = _Generated(self, self._conditions(self._seen), shift)
+        for number in range(real.n_classes):
+            shift += real.rows[real.labels == number].mean(dim=0) - generated.of(number).mean(dim=0)
+        return shift / real.n_classes
+
     def _state(self) -> dict[str, FloatArray]:
         final = {_FINAL + name: tensor.detach().cpu().numpy() for name, tensor in self._final.state().items()}
-        return {**super()._state(), **final, _SEEN: self._seen}
+        return {**super()._state(), **final, _SEEN: self._seen, _SHIFT: self._shift.cpu().numpy()}
 
     def _restore(self, state: Mapping[str, FloatArray]) -> None:
         super()._restore(state)
         self._seen = state[_SEEN]
+        self._shift = torch.from_numpy(state[_SHIFT]).to(self.device)
         self._final = make_final(self.params, self.seed)
         self._final.restore(
             {
@@ -166,20 +193,21 @@ class GenerativeModel(EpochModel):
 
 
 class _Generated:
-    """Generated rows of classes by number, as the final classifier sees them."""
+    """Generated rows of classes by number, as the final classifier sees them: moved by `shift` (R,)."""
 
-    def __init__(self, model: GenerativeModel, embeddings: Tensor) -> None:
-        self._model, self._embeddings = model, embeddings
+    def __init__(self, model: GenerativeModel, embeddings: Tensor, shift: Tensor) -> None:
+        self._model, self._embeddings, self._shift = model, embeddings, shift
+
+    def __call__(self, classes: IntArray) -> Tensor:
+        """(n_classes, synthetic_per_class, R)."""
+        return torch.stack([self.of(int(number)) for number in classes]) + self._shift
 
     @torch.no_grad()
-    def __call__(self, classes: IntArray) -> Tensor:
-        """(n_classes, synthetic_per_class, R). Every class gets the same draws: the seed's."""
-        n_rows = self._model.params.synthetic_per_class
-        rows = []
-        for number in classes:
-            chance = torch.Generator(self._embeddings.device).manual_seed(self._model.seed)
-            rows.append(self._model._rows_of_classes(self._embeddings[number].expand(n_rows, -1), chance))
-        return torch.stack(rows)
+    def of(self, number: int) -> Tensor:
+        """(synthetic_per_class, R) of one class, not moved. Every class gets the same draws: the seed's."""
+        chance = torch.Generator(self._embeddings.device).manual_seed(self._model.seed)
+        embeddings = self._embeddings[number].expand(self._model.params.synthetic_per_class, -1)
+        return self._model._rows_of_classes(embeddings, chance)
 
 
 class Batches:

@@ -181,6 +181,35 @@ def test_generated_features_come_near_the_unseen_classes() -> None:
     assert (distances.argmin(axis=1) == np.arange(4)).sum() >= 3
 
 
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_what_is_generated_for_seen_classes_has_their_mean_on_average(is_moved: bool) -> None:
+    params = FCLSWGANParams.model_validate({**SMALL, "epochs": 1, "shift_generated": is_moved})
+    model = FCLSWGAN(params).fit(DATA.train, DATA.seen_embeddings)
+    scaled = model._scaling(DATA.train.features)
+    means = np.stack([scaled[DATA.train.labels == c].mean(axis=0) for c in range(12)])
+    unit = DATA.seen_embeddings / np.linalg.norm(DATA.seen_embeddings, axis=1, keepdims=True)
+    generated = model._competing(unit).generate(np.arange(12)).mean(dim=1).numpy()
+    missed = np.abs((means - generated).mean(axis=0)).max()
+    assert missed < 1e-5 if is_moved else missed > 0.05
+
+
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_networks_see_embeddings_about_their_mean(is_centred: bool) -> None:
+    params = FCLSWGANParams.model_validate({**SMALL, "epochs": 1, "center_embeddings": is_centred})
+    model = FCLSWGAN(params).fit(DATA.train, DATA.seen_embeddings)
+    unit = DATA.seen_embeddings / np.linalg.norm(DATA.seen_embeddings, axis=1, keepdims=True)
+    seen = model._conditions(unit.astype(np.float32)).numpy()
+    assert np.mean(np.sum(seen**2, axis=1)) == pytest.approx(1, abs=1e-4)
+    if is_centred:
+        np.testing.assert_allclose(seen.mean(axis=0), 0, atol=1e-6)
+        # All by the same amount and the same factor: directions between classes stay.
+        np.testing.assert_allclose(
+            (seen[1] - seen[0]) / (unit[1] - unit[0]), seen[3, 0] / (unit - unit.mean(0))[3, 0], rtol=1e-2
+        )
+    else:
+        np.testing.assert_allclose(seen, unit, atol=1e-6)
+
+
 def test_loss_of_the_vae_is_the_plain_sum() -> None:
     network = VAEGAN(6, 3, 2, 8, seeded())
     real, embeddings = torch.rand(4, 6, generator=seeded(1)), torch.randn(4, 3, generator=seeded(2))
