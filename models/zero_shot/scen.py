@@ -84,10 +84,16 @@ class SCEN(nn.Module):
         return scores
 
     def fit_scale(self, compressed: Tensor) -> None:
-        """Remember the range of training images' g (N, D); the generator ends in a sigmoid and wants [0, 1]."""
+        """Remember the range of training images' g (N, D); the generator ends in a sigmoid and wants [0, 1].
+
+        The sign of SC is chance. Channels that lie in the upper half of their range are turned around: most places
+        answer little to most channels, and where that is near 1 the networks of stage 3 see little but a constant.
+        """
         low, high = compressed.amin(dim=0), compressed.amax(dim=0)
-        self.offset.copy_(low)
-        self.width.copy_(torch.where(high > low, high - low, 1))
+        width = torch.where(high > low, high - low, 1)
+        is_turned = compressed.mean(dim=0) > (low + high) / 2
+        self.offset.copy_(torch.where(is_turned, high, low))
+        self.width.copy_(torch.where(is_turned, -width, width))
 
     def scaled(self, compressed: Tensor) -> Tensor:
         """g (B, D) as the generator sees it."""

@@ -112,6 +112,10 @@ def test_guidance_sees_generated_features_on_the_scale_of_g() -> None:
     net.fit_scale(compressed)
     scaled = net.scaled(compressed)
     torch.testing.assert_close((scaled.amin(dim=0), scaled.amax(dim=0)), (torch.zeros(3), torch.ones(3)))
+    assert (scaled.mean(dim=0) <= 0.5).all()
+    net.fit_scale(-compressed)  # the sign of SC is chance, and what the generator sees is not
+    torch.testing.assert_close(net.scaled(-compressed), scaled)
+    net.fit_scale(compressed)
     scores = net.classify(compressed).tolist()
     wanted = sum(cross_entropy(row, i % 2) for i, row in enumerate(scores)) / 6
     assert net.guidance(scaled, rows.labels).item() == pytest.approx(wanted, rel=1e-4)
