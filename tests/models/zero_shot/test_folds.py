@@ -38,3 +38,10 @@ def test_rows_of_some_classes_are_relabelled_in_their_order() -> None:
     assert part.labels.tolist() == [1, 0, 1, 0]
     assert part.embeddings[:, 0].tolist() == [3, 1]
     assert rows.of(np.array([3, 1]), np.array([0, 3, 5])).features[:, 0].tolist() == [3, 5]
+
+
+def test_ten_classes_take_a_turn() -> None:
+    for n_first, wanted in ((1, 10), (3, 4), (10, 1), (30, 1), (0, 10)):
+        assert enough_folds(n_first) == wanted
+    folds = class_folds(14, np.array([2, 5, 9]), enough_folds(3), 0)
+    assert sum(len(fold) for fold in folds) >= 10
