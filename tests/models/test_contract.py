@@ -41,7 +41,8 @@ def quick(name: str) -> Params:
     params = next(m.params for m in METHODS if m.name == name and m.kind == "classifier")
     if issubclass(params, GenerativeParams):
         small = {"epochs": 6, "steps_per_epoch": 20, "learning_rate": 0.005, "batch_size": 32, "hidden_dim": 48}
-        return params.model_validate({**small, "folds": 1})
+        encoders = {"decomposition_epochs": 10} if "decomposition_epochs" in params.model_fields else {}
+        return params.model_validate({**small, **encoders, "folds": 1})
     return params.model_validate(
         {"epochs": 15, "learning_rate": 0.01, "batch_size": 32} if "epochs" in params.model_fields else {}
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.zero_shot.folds import HELD_OUT_SHARE, Rows, class_folds, held_out_slice
+from models.zero_shot.folds import HELD_OUT_SHARE, Rows, class_folds, enough_folds, held_out_slice
 
 
 def test_folds_start_with_the_named_classes_and_share_none() -> None:
