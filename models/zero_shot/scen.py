@@ -86,8 +86,8 @@ class SCEN(nn.Module):
     def fit_scale(self, compressed: Tensor) -> None:
         """Remember the range of training images' g (N, D); the generator ends in a sigmoid and wants [0, 1].
 
-        The sign of SC is chance. Channels that lie in the upper half of their range are turned around: most places
-        answer little to most channels, and where that is near 1 the networks of stage 3 see little but a constant.
+        The sign of SC is chance. Channels whose mean lies in the upper half of their range are turned around, so that
+        the networks of stage 3 see what pooled features would show them: mostly small numbers, not mostly ones.
         """
         low, high = compressed.amin(dim=0), compressed.amax(dim=0)
         width = torch.where(high > low, high - low, 1)
