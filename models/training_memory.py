@@ -6,7 +6,11 @@ A feature map has as many numbers as it has places times channels, some fifty ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
+from typing import Any
+
+from models.data.splits import fold_count
 
 NETWORKS: dict[str, tuple[int, int, int]] = {
     "alexnet": (4096, 256, 38),
@@ -103,13 +107,18 @@ def numbers_per_image(network: str, size: int, *, is_spatial: bool) -> int:
     return ceil(size / stride) ** 2 * channels if is_spatial else pooled
 
 
-def training_bytes(n_train: int, n_test: int, numbers: int, *, folds: int = 1, is_scaled: bool = True) -> int:
-    """The most bytes that training holds, for features of `numbers` numbers an image.
+def training_bytes(
+    params: Mapping[str, Any], n_train: int, n_test: int, numbers: int, *, n_seen: int, n_validation: int
+) -> int:
+    """The most bytes that training with the method's `params` holds, for features of `numbers` numbers an image.
 
+    n_seen, n_validation: seen classes, and those of them that stand for unseen ones first.
     Training rows lie there as they came, once for each fold whose trials stand side by side, and once more while they
     are scaled; test rows as they came, and twice more when they are scored, by when the folds are gone.
     """
-    choosing = n_train * (1 + max(folds, 1) + is_scaled) + n_test
+    folds = fold_count(params.get("folds", 1), n_seen, n_validation)
+    is_scaled = params.get("normalize") != "none"
+    choosing = n_train * (1 + folds + is_scaled) + n_test
     scoring = n_train + 3 * n_test
     return PROCESS_BYTES + 4 * numbers * max(choosing, scoring)
 

@@ -7,12 +7,14 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from models.catalog import METHODS
+from models.data.splits import validation_classes
 from models.params import BackboneParams
 from models.training_memory import NETWORKS, numbers_per_image, refusal, training_bytes
 from service.core import repositories
+from service.core.classifier_inputs import earlier_validation, image_size
 from service.core.process import memory_bytes
 from service.core.settings import Settings
-from service.core.tables import Dataset
+from service.core.tables import Dataset, EmbeddingSet
 from service.planning import Plan
 from service.schemas import ClassifierCreate
 
@@ -21,15 +23,15 @@ def plan_memory(
     session: Session,
     plan: Plan,
     dataset: Dataset,
+    embedding_set: EmbeddingSet | None,
     body: ClassifierCreate,
     params: dict[str, Any],
     network: BackboneParams | None,
-    size: int,
     settings: Settings,
 ) -> dict[str, Any]:
     """n_images, memory_bytes (None where it cannot be told) and its basis; a problem where workers have less memory.
 
-    network, size: what makes the features of images, and the side of these in pixels.
+    network: what makes the features of images.
     """
     method = next((row for row in METHODS if row.kind == "classifier" and row.name == body.method), None)
     n_train, n_test = _rows(session, plan, dataset)
@@ -40,11 +42,14 @@ def plan_memory(
     if dataset.kind == "features":
         numbers = int(dataset.summary.get("feature_dim", 0))
     elif network is not None and network.name in NETWORKS:
+        size = image_size(body.image_size, embedding_set)
         numbers = numbers_per_image(network.name, size, is_spatial=method.features == "spatial")
     else:
         return found
-    is_scaled = params.get("normalize") != "none"
-    needed = training_bytes(n_train, n_test, numbers, folds=params.get("folds") or 1, is_scaled=is_scaled)
+    earlier = earlier_validation(dataset, embedding_set)
+    n_validation = len(validation_classes(plan.seen_classes, body.validation_classes, earlier, seed=body.seed))
+    n_seen = len(plan.seen_classes)
+    needed = training_bytes(params, n_train, n_test, numbers, n_seen=n_seen, n_validation=n_validation)
     have = settings.worker_memory_bytes or memory_bytes()
     if have is not None and needed > have:
         plan.add("/method", refusal(n_train + n_test, numbers, needed, have))

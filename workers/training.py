@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from models.backbone_parts import Trunk
 from models.base import FloatArray, LabelledFeatures, OnProgress
 from models.catalog import get_method
-from models.data.splits import choose_validation_classes
+from models.data.splits import validation_classes
 from models.embedding.class_embedder import ClassEmbedder
 from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
@@ -28,6 +28,7 @@ from models.zero_shot.checkpoints import CheckpointParts
 from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.search import search_params
 from service.core import repositories
+from service.core.classifier_inputs import earlier_validation, image_size
 from service.core.process import memory_bytes
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
@@ -41,7 +42,6 @@ from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device, seed_everything
 from workers.sources import describe_backbone, feature_network, open_backbone, open_knowledge, unpack
 
-DEFAULT_IMAGE_SIZE = 224
 CLASSES_FILE = "classes.safetensors"
 DIMENSIONS_FILE = "dimensions.json"
 EMBEDDER_FILES = ("class_embedder.json", "class_embedder.safetensors")
@@ -58,6 +58,7 @@ class Inputs:
     knowledge: Knowledge
     seen: tuple[str, ...]
     unseen: tuple[str, ...]
+    validation: tuple[str, ...]
     stored_vectors: dict[str, bytes]
 
 
@@ -83,14 +84,13 @@ def train_classifier(context: TaskContext) -> Publisher:
     context.progress.set_phases([*PHASES[:2], ("search", 2.0), *PHASES[2:]] if searching else PHASES)
     embeddings, warnings = _class_embeddings(context, inputs)
     tables = _features(context, inputs, device)
-    validation = _validation_classes(inputs)
     dimensions = read_dimensions(context, inputs.row, inputs.knowledge, embeddings.shape[1])
     given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
     params = _with_groups(given, dimensions.names)
     warnings += dimensions.warnings
     learned_from = (tables.train, embeddings[: len(inputs.seen)])
     chosen_on: dict[str, Any] = {
-        "validation_classes": validation,
+        "validation_classes": inputs.validation,
         "validation_embeddings": _embeddings_as_unseen(context, inputs),
     }
     if dimensions.vectors is not None:
@@ -180,13 +180,16 @@ def _read_inputs(context: TaskContext) -> Inputs:
             wanted = [*row.request["seen_classes"], *row.request["unseen_classes"]]
             stored = repositories.classes_of(session, embedding_set.id, names=wanted)
             vectors = {c.name: c.vector for c in stored}
+        dataset, seen = repositories.get(session, Dataset, row.dataset_id), tuple(row.request["seen_classes"])
+        asked, earlier = row.request["validation_classes"], earlier_validation(dataset, embedding_set)
         return Inputs(
             row=row,
-            dataset=repositories.get(session, Dataset, row.dataset_id),
+            dataset=dataset,
             embedding_set=embedding_set,
             knowledge=repositories.get(session, Knowledge, knowledge_id or ""),
-            seen=tuple(row.request["seen_classes"]),
+            seen=seen,
             unseen=tuple(row.request["unseen_classes"]),
+            validation=validation_classes(seen, asked, earlier, seed=row.request["seed"]),
             stored_vectors=vectors,
         )
 
@@ -208,24 +211,6 @@ def _with_groups(params: Params, names: Sequence[str] | None) -> Params:
     if getattr(params, "attribute_groups", ()) is not None or names is None:
         return params
     return params.model_copy(update={"attribute_groups": attribute_groups(names)})
-
-
-def _validation_classes(inputs: Inputs) -> tuple[str, ...]:
-    """As asked for; else those the embedding set used; else a seeded fifth of the seen classes."""
-    asked = inputs.row.request["validation_classes"]
-    if asked is not None:
-        return tuple(asked)
-    if inputs.embedding_set is not None:
-        used = [n for n in inputs.embedding_set.summary.get("validation_classes", ()) if n in set(inputs.seen)]
-        if used and len(inputs.seen) - len(used) >= 2:
-            return tuple(used)
-    if inputs.dataset.kind == "features":
-        used = [n for n in inputs.dataset.summary.get("validation_classes", ()) if n in set(inputs.seen)]
-        if used and len(inputs.seen) - len(used) >= 2:
-            return tuple(used)
-    if len(inputs.seen) < 4:
-        return ()
-    return choose_validation_classes(inputs.seen, seed=inputs.row.request["seed"])
 
 
 def _embeddings_as_unseen(context: TaskContext, inputs: Inputs) -> EmbeddingsOf | None:
@@ -295,9 +280,8 @@ def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
 
 def _require_memory(context: TaskContext, inputs: Inputs, n_train: int, n_test: int, numbers: int) -> None:
     """InvalidInput where training would hold more than this machine has, before features are computed."""
-    params = inputs.row.params
-    is_scaled = params.get("normalize") != "none"
-    needed = training_bytes(n_train, n_test, numbers, folds=params.get("folds") or 1, is_scaled=is_scaled)
+    n_seen, n_validation = len(inputs.seen), len(inputs.validation)
+    needed = training_bytes(inputs.row.params, n_train, n_test, numbers, n_seen=n_seen, n_validation=n_validation)
     have = context.settings.worker_memory_bytes or memory_bytes()
     if have is not None and needed > have:
         raise InvalidInput(refusal(n_train + n_test, numbers, needed, have), field="method")
@@ -323,11 +307,7 @@ def _backbone_params(inputs: Inputs) -> tuple[BackboneParams, ScratchParams, int
 
 
 def _image_size(inputs: Inputs) -> int:
-    if inputs.row.request["image_size"]:
-        return int(inputs.row.request["image_size"])
-    if inputs.embedding_set is not None:
-        return EmbeddingSetParams.model_validate(inputs.embedding_set.params).patches.size
-    return DEFAULT_IMAGE_SIZE
+    return image_size(inputs.row.request["image_size"], inputs.embedding_set)
 
 
 def _stored_features(context: TaskContext, inputs: Inputs, names: tuple[str, ...]) -> ImageTables:

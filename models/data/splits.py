@@ -17,6 +17,10 @@ from models.errors import InvalidInput, TooFewSamples
 
 MIN_IMAGES_FOR_HOLDOUT = 5
 """Classes with fewer images than this keep them all for training."""
+MIN_CLASSES_TO_VALIDATE = 4
+"""Of fewer seen classes, none is held out unless it is asked for."""
+ENOUGH_CLASSES = 10
+"""Fewer validation classes than this tell settings apart badly: on three, T1 went down where it went up over all."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,37 @@ def choose_validation_classes(seen_classes: Sequence[str], *, fraction: float = 
     n_kept = 2 if len(ranked) > 2 else 1
     n_chosen = min(max(round(fraction * len(ranked)), 1), len(ranked) - n_kept)
     return tuple(sorted(ranked[:n_chosen]))
+
+
+def validation_classes(
+    seen_classes: Sequence[str], asked: Sequence[str] | None, earlier: Iterable[Sequence[str]] = (), *, seed: int
+) -> tuple[str, ...]:
+    """As `asked` for; else the first of the `earlier` choices that names seen classes and leaves two; else by the seed.
+
+    Of fewer than four seen classes the seed chooses none.
+    """
+    if asked is not None:
+        return tuple(asked)
+    seen = set(seen_classes)
+    for names in earlier:
+        used = tuple(name for name in names if name in seen)
+        if used and len(seen) - len(used) >= 2:
+            return used
+    return choose_validation_classes(seen_classes, seed=seed) if len(seen) >= MIN_CLASSES_TO_VALIDATE else ()
+
+
+def group_count(n_classes: int, n_first: int) -> int:
+    """Groups of about `n_first` classes that `n_classes` make, the first ones among them; 1 where `n_first` is 0."""
+    return 1 + max(1, round((n_classes - n_first) / n_first)) if n_first else 1
+
+
+def fold_count(asked: int, n_classes: int, n_first: int) -> int:
+    """Groups that take turns as validation classes: as many as `asked` for, and no more than there are.
+
+    n_first: classes of the first group. asked 0: as many as let 10 classes take a turn.
+    """
+    enough = -(-ENOUGH_CLASSES // max(1, n_first))
+    return min(asked or enough, group_count(n_classes, n_first))
 
 
 def assign_holdout(sha256s: Sequence[str], fraction: float) -> NDArray[np.bool_]:

@@ -17,13 +17,12 @@ from typing import Any, cast
 
 from models.base import FloatArray, LabelledFeatures, OnProgress, PatchTable, Progress, ignore_progress
 from models.catalog import get_method
-from models.data.splits import choose_validation_classes
+from models.data import splits
 from models.embedding.class_embedder import ClassEmbedder, Relation
 from models.embedding.selection import RelationChoice, select_relation
 from models.params import EmbeddingSetParams, Params
 
 SECTIONS = {"vgse": "clustering", "kmeans": "kmeans"}
-MIN_CLASSES_TO_VALIDATE = 4
 REPORT_FILE = "report.json"
 
 
@@ -133,11 +132,7 @@ def method_params(method: str, params: EmbeddingSetParams) -> Params:
 
 def validation_classes(names: Sequence[str], params: EmbeddingSetParams) -> tuple[str, ...]:
     """As asked for; else a seeded fifth of the seen classes; none where there are too few."""
-    if params.validation_classes is not None:
-        return tuple(params.validation_classes)
-    if len(names) < MIN_CLASSES_TO_VALIDATE:
-        return ()
-    return choose_validation_classes(names, seed=params.seed)
+    return splits.validation_classes(names, params.validation_classes, seed=params.seed)
 
 
 def _implementation(method: str) -> tuple[ModuleType, str]:

@@ -29,7 +29,7 @@ from models.params import Params
 from models.zero_shot.calibration import Calibration, FoldScores, calibrate
 from models.zero_shot.checkpoints import Checkpoints, Tape
 from models.zero_shot.checks import EmbeddingsOf, as_unseen, checked, positions, real_numbers, unit_embeddings
-from models.zero_shot.folds import Rows, class_folds, enough_folds, held_out_slice
+from models.zero_shot.folds import Rows, class_folds, held_out_slice
 from models.zero_shot.scaling import FeatureScaling, Scaling
 
 Setting = dict[str, float]
@@ -252,7 +252,7 @@ class ZeroShotModel(ABC):
         names = features.class_names
         held_classes = positions(names, validation_classes)
         is_table = validation_embeddings is not None and not callable(validation_embeddings)
-        n_folds = 1 if is_table else int(getattr(self.params, "folds", 1)) or enough_folds(len(held_classes))
+        n_folds = 1 if is_table else int(getattr(self.params, "folds", 1))
         return (
             raw,
             embeddings,

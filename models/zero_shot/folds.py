@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.base import FloatArray, IntArray
+from models.data.splits import fold_count, group_count
 
 HELD_OUT_SHARE = 0.2
 """Share of each class's training images that stands in for seen test images while gamma is chosen."""
-ENOUGH_CLASSES = 10
-"""Fewer classes than this tell settings apart badly: on three, T1 went down where it went up over all."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,14 @@ class Rows:
 def class_folds(n_classes: int, first: IntArray, n_folds: int, seed: int) -> list[IntArray]:
     """Up to `n_folds` groups of class numbers without overlap: `first`, then seeded groups of about its size.
 
-    No `first`: one empty fold, which means that nothing is chosen.
+    n_folds 0: as many as let 10 classes take a turn. No `first`: one empty fold, which means that nothing is chosen.
     """
     folds = [first]
     if len(first):
         others = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(n_classes), first))
-        n_groups = max(1, round(len(others) / len(first)))
-        folds += [np.sort(group) for group in np.array_split(others, n_groups)][: n_folds - 1]
+        groups = np.array_split(others, group_count(n_classes, len(first)) - 1)
+        folds += [np.sort(group) for group in groups[: fold_count(n_folds, n_classes, len(first)) - 1]]
     return folds
-
-
-def enough_folds(n_first: int) -> int:
-    """How many folds of about `n_first` classes let 10 classes take a turn."""
-    return -(-ENOUGH_CLASSES // max(1, n_first))
 
 
 def held_out_slice(labels: IntArray, seed: int) -> tuple[IntArray, IntArray]:

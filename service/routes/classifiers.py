@@ -38,7 +38,6 @@ from service.schemas import ClassifierCreate, ClassifierEstimate, ClassifierOut,
 from service.submit import JOB_HEADERS, submit
 
 router = APIRouter(prefix="/v1/classifiers", tags=["classifiers"])
-DEFAULT_IMAGE_SIZE = 224
 FIELDS = (
     "id",
     "name",
@@ -98,7 +97,7 @@ async def create_classifier(
 
 
 def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
-    plan, size = Plan(), body.image_size
+    plan = Plan()
     params = _plan_method(plan, body)
     if (body.embedding_set_id is None) == (body.knowledge_id is None):
         plan.add("/embedding_set_id", "Give either embedding_set_id or knowledge_id, and not both.")
@@ -107,19 +106,18 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], d
         dataset = repositories.get(session, Dataset, body.dataset_id)
         sizes = dataset_class_sizes(session, dataset)
         seen, unseen, known = body.seen_classes, body.unseen_classes, None
-        network = body.backbone
+        network, embedding_set = body.backbone, None
         if body.embedding_set_id is not None:
-            row = require_ready(session, repositories.get(session, EmbeddingSet, body.embedding_set_id))
-            known = dict(repositories.class_names_of(session, row.id))
-            made_of = EmbeddingSetParams.model_validate(row.params)
-            network, size = network or made_of.backbone, size or made_of.patches.size
+            embedding_set = require_ready(session, repositories.get(session, EmbeddingSet, body.embedding_set_id))
+            known = dict(repositories.class_names_of(session, embedding_set.id))
+            network = network or EmbeddingSetParams.model_validate(embedding_set.params).backbone
             seen, unseen = _classes_from_set(known, seen, unseen)
-            plan_dimensions(plan, body, row.dim, ())
+            plan_dimensions(plan, body, embedding_set.dim, ())
         else:
             used = repositories.get(session, Knowledge, body.knowledge_id or "")
             plan_dimensions(plan, body, used.dim, used.summary.get("attribute_names") or ())
         plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes, spelled=known)
-        cost = plan_memory(session, plan, dataset, body, params, network, size or DEFAULT_IMAGE_SIZE, parts.settings)
+        cost = plan_memory(session, plan, dataset, embedding_set, body, params, network, parts.settings)
         if known is not None:
             plan_known(plan, "/unseen_classes", plan.unseen_classes, known, "embedding set")
             plan_known(plan, "/seen_classes", plan.seen_classes, known, "embedding set")

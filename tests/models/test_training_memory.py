@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from models.backbone_names import BACKBONE_NAMES
@@ -25,7 +27,16 @@ def test_numbers_of_an_image_are_the_network_s(name: str, size: int) -> None:
 def test_maps_folds_and_copies_are_counted() -> None:
     assert numbers_per_image("resnet50", 224, is_spatial=True) == 49 * 2048
     assert numbers_per_image("resnet50", 225, is_spatial=True) == 64 * 2048  # a place more a side
-    assert training_bytes(100, 0, 10, is_scaled=False) == PROCESS_BYTES + 4 * 10 * 200
-    assert training_bytes(100, 0, 10, folds=5) == PROCESS_BYTES + 4 * 10 * 700
-    assert training_bytes(100, 500, 10) == PROCESS_BYTES + 4 * 10 * (100 + 1500)  # scoring holds more than training
+
+    def numbers(params: dict[str, Any], n_test: int = 0, n_validation: int = 2) -> float:
+        needed = training_bytes(params, 100, n_test, 10, n_seen=20, n_validation=n_validation)
+        return (needed - PROCESS_BYTES) / (4 * 10)
+
+    assert numbers({"normalize": "none"}) == 200
+    assert numbers({"folds": 5}) == 700
+    assert numbers({"folds": 0}) == 700  # of two classes each, five let ten take a turn
+    assert numbers({"folds": 0}, n_validation=1) == 1200
+    assert numbers({"folds": 100}) == 1200  # twenty classes make no more than ten groups of two
+    assert numbers({"folds": 5}, n_validation=0) == 300
+    assert numbers({}, n_test=500) == 100 + 1500  # scoring holds more than training
     assert "40.0 GB in memory (7 images of 9 numbers), and a worker has 8.0 GB" in refusal(7, 9, 40 * 10**9, 8 * 10**9)

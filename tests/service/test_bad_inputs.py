@@ -159,6 +159,35 @@ def test_training_that_no_worker_can_hold_is_refused(
     assert "a worker has 1.0 GB" in ended["error"]["detail"]
 
 
+def test_folds_that_let_ten_classes_take_a_turn_are_counted(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"sort {i}" for i in range(12)]
+    vectors = {name: np.eye(13)[i] for i, name in enumerate([*names, "zebra"])}
+    body = {
+        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 1)),
+        "embedding_set_id": live_api.embedding_set(vectors, unseen=("zebra",)),
+        "method": "f_vaegan",
+        "backbone": SMALL,
+        "image_size": 32,
+    }
+
+    def copies(**changes: Any) -> float:
+        answer = live_api.client.post("/v1/classifiers?validate_only=true", json=body | changes)
+        return (checked(answer, ClassifierEstimate)["memory_bytes"] - PROCESS_BYTES) / (4 * 256 * len(names))
+
+    assert copies() == 1 + 5 + 1  # two of twelve are chosen, so five groups take a turn
+    assert copies(params={"folds": 1}) == 1 + 1 + 1
+    assert copies(params={"folds": 100}) == 1 + 6 + 1  # there are no more
+    assert copies(validation_classes=names[:5]) == 1 + 2 + 1
+    assert copies(validation_classes=[]) == 1 + 1 + 1
+    named = live_api.embedding_set(vectors, unseen=("zebra",), summary={"validation_classes": ["gone", *names[:3]]})
+    assert copies(embedding_set_id=named) == 1 + 4 + 1
+    monkeypatch.setattr(training, "memory_bytes", lambda: PROCESS_BYTES + 6 * 4 * 256 * len(names))
+    job = checked(live_api.client.post("/v1/classifiers", json=body), JobOut, 202)
+    ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
+    assert ended["status"] == "failed"
+    assert "fewer folds" in ended["error"]["detail"]
+
+
 def knowledge(api: LiveApi, vectors: dict[str, list[float]]) -> httpx.Response:
     return api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors})
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from models.data.splits import ClassSplit, assign_holdout, choose_validation_classes
+from models.data.splits import ClassSplit, assign_holdout, choose_validation_classes, validation_classes
 from models.errors import InvalidInput, TooFewSamples
 
 CLASSES = [f"class {i}" for i in range(20)]
@@ -48,6 +48,17 @@ def test_validation_choice_ignores_order_and_depends_on_the_seed() -> None:
 @pytest.mark.parametrize(("n_classes", "fraction", "n_chosen"), [(2, 0.2, 1), (3, 0.9, 1), (4, 0.01, 1), (10, 0.95, 8)])
 def test_validation_choice_takes_one_and_leaves_two(n_classes: int, fraction: float, n_chosen: int) -> None:
     assert len(choose_validation_classes(CLASSES[:n_classes], fraction=fraction)) == n_chosen
+
+
+def test_validation_classes_are_asked_for_or_chosen_earlier_or_by_the_seed() -> None:
+    seen, by_seed = CLASSES[:4], choose_validation_classes(CLASSES[:4], seed=2)
+    assert validation_classes(seen, ["class 9"], [["class 1"]], seed=2) == ("class 9",)
+    assert validation_classes(seen, [], [["class 1"]], seed=2) == ()
+    assert validation_classes(seen, None, [["class 9"], ["class 3", "class 9", "class 1"]], seed=2) == (
+        "class 3", "class 1",
+    )  # fmt: skip
+    assert validation_classes(seen, None, [CLASSES[:3], ()], seed=2) == by_seed  # one class would be left
+    assert validation_classes(seen[:3], None, seed=2) == ()
 
 
 def test_validation_choice_refuses_bad_input() -> None:

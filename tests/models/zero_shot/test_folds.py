@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.zero_shot.folds import HELD_OUT_SHARE, Rows, class_folds, enough_folds, held_out_slice
+from models.data.splits import fold_count
+from models.zero_shot.folds import HELD_OUT_SHARE, Rows, class_folds, held_out_slice
 
 
 def test_folds_start_with_the_named_classes_and_share_none() -> None:
@@ -41,7 +42,15 @@ def test_rows_of_some_classes_are_relabelled_in_their_order() -> None:
 
 
 def test_ten_classes_take_a_turn() -> None:
-    for n_first, wanted in ((1, 10), (3, 4), (10, 1), (30, 1), (0, 10)):
-        assert enough_folds(n_first) == wanted
-    folds = class_folds(14, np.array([2, 5, 9]), enough_folds(3), 0)
+    for n_first, wanted in ((1, 10), (3, 4), (10, 1), (30, 1), (0, 1)):
+        assert fold_count(0, 100, n_first) == wanted
+    folds = class_folds(14, np.array([2, 5, 9]), 0, 0)
     assert sum(len(fold) for fold in folds) >= 10
+
+
+def test_folds_are_as_many_as_counted_beforehand() -> None:
+    for n_classes in (1, 2, 3, 5, 12, 40):
+        for n_first in range(n_classes + 1):
+            for asked in (0, 1, 2, 5, 100):
+                folds = class_folds(n_classes, np.arange(n_first), asked, seed=0)
+                assert len(folds) == fold_count(asked, n_classes, n_first)
