@@ -30,7 +30,8 @@ from workers.embedding import provenance, vector_bytes
 from workers.model_cache import ModelCache, Parts, array_bytes, resident_parts
 from workers.predictions import Resident
 from workers.sources import feature_network, open_backbone, open_knowledge, unpack
-from workers.training import CLASSES_FILE, DIMENSIONS_FILE, EMBEDDER_FILES
+from workers.training import CLASSES_FILE, DIMENSIONS_FILE
+from workers.training_inputs import EMBEDDER_FILES
 
 CLASSIFIER_FILES = ("manifest.json", "model.safetensors")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,116 +11,116 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 from sqlalchemy.orm import Session
 
-from models.backbone_parts import Trunk
 from models.base import FloatArray, LabelledFeatures, OnProgress
 from models.catalog import get_method
-from models.data.splits import validation_classes
-from models.embedding.class_embedder import ClassEmbedder
-from models.errors import InvalidInput
 from models.evaluation import ClassTable, evaluate
-from models.knowledge.base import require
 from models.knowledge.tables import attribute_groups
-from models.params import BackboneParams, EmbeddingSetParams, Params, ScratchParams, SearchParams
-from models.training_memory import refusal, training_bytes
-from models.zero_shot.base import create_classifier
-from models.zero_shot.checkpoints import CheckpointParts
-from models.zero_shot.checks import EmbeddingsOf
-from models.zero_shot.search import search_params
+from models.params import Params, SearchParams
+from models.zero_shot.base import ZeroShotModel, create_classifier
+from models.zero_shot.checkpoints import CheckpointParts, Checkpoints, digest
+from models.zero_shot.search import SearchResult, search_params
 from service.core import repositories
-from service.core.classifier_inputs import earlier_validation, image_size
-from service.core.process import memory_bytes
-from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
-from workers.backbones import BACKBONE_FILE, prepared_backbone
+from service.core.tables import Classifier
 from workers.checkpoints import JobCheckpoints
 from workers.dimensions import read_dimensions
-from workers.embedding import MAX_REPORTED, class_numbers, whole_image
-from workers.features import image_features
-from workers.imports import put_directory, read_feature_files
-from workers.rows import split_rows
+from workers.embedding import MAX_REPORTED
+from workers.imports import put_directory
 from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device, seed_everything
-from workers.sources import describe_backbone, feature_network, open_backbone, open_knowledge, unpack
+from workers.training_inputs import (
+    ImageTables,
+    Inputs,
+    class_embeddings,
+    embeddings_as_unseen,
+    image_tables,
+    read_inputs,
+)
 
 CLASSES_FILE = "classes.safetensors"
 DIMENSIONS_FILE = "dimensions.json"
-EMBEDDER_FILES = ("class_embedder.json", "class_embedder.safetensors")
 PHASES = [("backbone", 0.05), ("image_features", 0.6), ("training", 0.3), ("evaluation", 0.05)]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the request names, read from the database once. `classes`: seen first, then unseen."""
+class Lesson:
+    """What a classifier learns from; `chosen_on`: what `fit` and `assess` are told for choosing settings."""
 
     row: Classifier
-    dataset: Dataset
-    embedding_set: EmbeddingSet | None
-    knowledge: Knowledge
-    seen: tuple[str, ...]
-    unseen: tuple[str, ...]
-    validation: tuple[str, ...]
-    stored_vectors: dict[str, bytes]
+    device: str
+    features: LabelledFeatures
+    embeddings: FloatArray
+    chosen_on: dict[str, Any]
 
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        return int(self.row.request["seed"])
 
-@dataclass(frozen=True)
-class ImageTables:
-    """Image features of the three kinds of rows, labels into all classes, and what made them."""
+    def model(self, params: Params) -> ZeroShotModel:
+        """A classifier of the method asked for, not yet fitted."""
+        return create_classifier(self.row.method, params, seed=self.seed, device=self.device)
 
-    train: LabelledFeatures
-    test_seen: LabelledFeatures
-    test_unseen: LabelledFeatures
-    backbone: dict[str, Any] | None
-    files: dict[str, str]
-    n_skipped: int
+    def assess(self, params: Params, on_progress: OnProgress) -> dict[str, Any]:
+        """What such a classifier reaches on validation classes."""
+        return self.model(params).assess(self.features, self.embeddings, **self.chosen_on, on_progress=on_progress)
+
+    def learned(self, params: Params, on_progress: OnProgress, checkpoints: Checkpoints) -> ZeroShotModel:
+        """Such a classifier, fitted."""
+        return self.model(params).fit(
+            self.features, self.embeddings, **self.chosen_on, on_progress=on_progress, checkpoints=checkpoints
+        )
 
 
 def train_classifier(context: TaskContext) -> Publisher:
     """Fits the method on the seen classes' training rows; evaluates T1, U, S, H; publishes model and metrics."""
-    inputs = _read_inputs(context)
+    inputs = read_inputs(context)
     request = inputs.row.request
     seed_everything(request["seed"])
     device = choose_device(context.settings.device)
-    searching = SearchParams.model_validate(request["search"]) if request.get("search") else None
-    context.progress.set_phases([*PHASES[:2], ("search", 2.0), *PHASES[2:]] if searching else PHASES)
-    embeddings, warnings = _class_embeddings(context, inputs)
-    tables = _features(context, inputs, device)
+    context.progress.set_phases([*PHASES[:2], ("search", 2.0), *PHASES[2:]] if request.get("search") else PHASES)
+    embeddings, warnings = class_embeddings(context, inputs)
+    tables = image_tables(context, inputs, device)
     dimensions = read_dimensions(context, inputs.row, inputs.knowledge, embeddings.shape[1])
-    given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
-    params = _with_groups(given, dimensions.names)
-    warnings += dimensions.warnings
-    learned_from = (tables.train, embeddings[: len(inputs.seen)])
     chosen_on: dict[str, Any] = {
         "validation_classes": inputs.validation,
-        "validation_embeddings": _embeddings_as_unseen(context, inputs),
+        "validation_embeddings": embeddings_as_unseen(context, inputs),
     }
     if dimensions.vectors is not None:
         chosen_on["dimension_vectors"] = dimensions.vectors
-    search: dict[str, Any] = {}
+    lesson = Lesson(inputs.row, device, tables.train, embeddings[: len(inputs.seen)], chosen_on)
+    given = get_method(inputs.row.method, "classifier").params.model_validate(inputs.row.params)
+    params = _with_groups(given, dimensions.names)
     checkpoints = CheckpointParts(JobCheckpoints(context))
-    if searching is not None:
+    metrics: dict[str, Any] = {}
+    if request.get("search"):
+        found = _search(lesson, params, context.progress, checkpoints.part("search"))
+        params, metrics["search"] = found.params, {"trials": found.trials, "reason": found.reason}
+    model = lesson.learned(params, context.progress, checkpoints.part("fit"))
+    metrics |= _metrics(model, inputs, tables, [*warnings, *dimensions.warnings])
+    if request["evaluate"]:
+        metrics |= _evaluation(model, inputs, tables, embeddings)
+    files = tables.files | _files(context, model, embeddings, dimensions.names)
+    return _publisher(inputs, files, metrics, model.params)
 
-        def assess(candidate: Params, on_progress: OnProgress) -> dict[str, Any]:
-            model = create_classifier(inputs.row.method, candidate, seed=request["seed"], device=device)
-            return model.assess(*learned_from, **chosen_on, on_progress=on_progress)
 
-        fixed = set(request["search_fixed"])
-        found = search_params(
-            params,
-            fixed,
-            assess,
-            searching,
-            seed=request["seed"],
-            on_progress=context.progress,
-            checkpoints=checkpoints.part("search"),
-            inputs=_digest(tables.train.features, tables.train.labels, embeddings),
-        )
-        params = found.params
-        search = {"search": {"trials": found.trials, "reason": found.reason}}
-    model = create_classifier(inputs.row.method, params, seed=request["seed"], device=device)
-    model.fit(*learned_from, **chosen_on, on_progress=context.progress, checkpoints=checkpoints.part("fit"))
-    params = model.params  # with the batch size that the device's memory holds
+def _search(lesson: Lesson, params: Params, on_progress: OnProgress, checkpoints: Checkpoints) -> SearchResult:
+    request = lesson.row.request
+    return search_params(
+        params,
+        set(request["search_fixed"]),
+        lesson.assess,
+        SearchParams.model_validate(request["search"]),
+        seed=lesson.seed,
+        on_progress=on_progress,
+        checkpoints=checkpoints,
+        inputs=digest("", lesson.features.features, lesson.features.labels, lesson.embeddings),
+    )
+
+
+def _metrics(model: ZeroShotModel, inputs: Inputs, tables: ImageTables, warnings: list[str]) -> dict[str, Any]:
+    """How the classifier came about."""
     warnings += [told] if (told := model.validation_.get("out_of_memory")) else []
-    metrics: dict[str, Any] = {
-        **search,
+    return {
         "validation": model.validation_,
         "history": model.history_,
         "best_epoch": model.best_epoch_,
@@ -131,27 +130,36 @@ def train_classifier(context: TaskContext) -> Publisher:
         "n_test_unseen": len(tables.test_unseen.labels),
         "n_skipped_images": tables.n_skipped,
         "backbone": tables.backbone,
-        "image_size": _image_size(inputs),
+        "image_size": inputs.image_size,
         "warnings": warnings[:MAX_REPORTED],
     }
-    if request["evaluate"]:
-        classes = ClassTable((*inputs.seen, *inputs.unseen), embeddings, _is_seen(inputs))
-        report = evaluate(
-            model,
-            classes,
-            test_unseen=tables.test_unseen,
-            test_seen=tables.test_seen,
-            gamma=model.gamma_,
-            temperature=model.temperature_,
-        )
-        metrics |= report.to_dict()
+
+
+def _evaluation(model: ZeroShotModel, inputs: Inputs, tables: ImageTables, embeddings: FloatArray) -> dict[str, Any]:
+    """What it reaches on test rows."""
+    is_seen = np.arange(len(inputs.classes)) < len(inputs.seen)
+    report = evaluate(
+        model,
+        ClassTable(inputs.classes, embeddings, is_seen),
+        test_unseen=tables.test_unseen,
+        test_seen=tables.test_seen,
+        gamma=model.gamma_,
+        temperature=model.temperature_,
+    )
+    return report.to_dict()
+
+
+def _files(
+    context: TaskContext, model: ZeroShotModel, embeddings: FloatArray, dimensions: Sequence[str] | None
+) -> dict[str, str]:
+    """Artifacts: the saved model, all classes' embeddings, and what their dimensions are called."""
     directory = context.scratch_dir / "model"
     model.save(directory)
-    files = put_directory(context, directory) | tables.files
+    files = put_directory(context, directory)
     files[CLASSES_FILE] = context.store.put_bytes(save_safetensors({"embeddings": embeddings}))
-    if dimensions.names is not None:
-        files[DIMENSIONS_FILE] = context.store.put_bytes(json.dumps(dimensions.names).encode())
-    return _publisher(inputs, files, metrics, params)
+    if dimensions is not None:
+        files[DIMENSIONS_FILE] = context.store.put_bytes(json.dumps(dimensions).encode())
+    return files
 
 
 def _publisher(inputs: Inputs, files: dict[str, str], metrics: dict[str, Any], params: Params) -> Publisher:
@@ -169,174 +177,8 @@ def _publisher(inputs: Inputs, files: dict[str, str], metrics: dict[str, Any], p
 _HEADLINES = (("zsl", ("t1",)), ("gzsl", ("u", "s", "h")))
 
 
-def _read_inputs(context: TaskContext) -> Inputs:
-    with context.database.read() as session:
-        row = repositories.get(session, Classifier, context.job.resource_id)
-        embedding_set, vectors = None, {}
-        knowledge_id = row.knowledge_id
-        if row.embedding_set_id is not None:
-            embedding_set = repositories.get(session, EmbeddingSet, row.embedding_set_id)
-            knowledge_id = embedding_set.knowledge_id
-            wanted = [*row.request["seen_classes"], *row.request["unseen_classes"]]
-            stored = repositories.classes_of(session, embedding_set.id, names=wanted)
-            vectors = {c.name: c.vector for c in stored}
-        dataset, seen = repositories.get(session, Dataset, row.dataset_id), tuple(row.request["seen_classes"])
-        asked, earlier = row.request["validation_classes"], earlier_validation(dataset, embedding_set)
-        return Inputs(
-            row=row,
-            dataset=dataset,
-            embedding_set=embedding_set,
-            knowledge=repositories.get(session, Knowledge, knowledge_id or ""),
-            seen=seen,
-            unseen=tuple(row.request["unseen_classes"]),
-            validation=validation_classes(seen, asked, earlier, seed=row.request["seed"]),
-            stored_vectors=vectors,
-        )
-
-
-def _class_embeddings(context: TaskContext, inputs: Inputs) -> tuple[FloatArray, list[str]]:
-    """(seen + unseen, E): the embedding set's vectors, or the knowledge vectors as they are; warnings about them."""
-    names = [*inputs.seen, *inputs.unseen]
-    if inputs.embedding_set is not None:
-        missing = [name for name in names if name not in inputs.stored_vectors]
-        if missing:
-            raise InvalidInput(f"The embedding set has no class {missing[0]!r}.", field="unseen_classes")
-        return np.stack([np.frombuffer(inputs.stored_vectors[name], dtype="<f4") for name in names]), []
-    lookup = open_knowledge(inputs.knowledge, context.store, context.settings).lookup(names)
-    return require(lookup, field="unseen_classes"), lookup.warnings
-
-
 def _with_groups(params: Params, names: Sequence[str] | None) -> Params:
     """Groups of attributes as the dimensions' names tell them, where the method takes groups and none are given."""
     if getattr(params, "attribute_groups", ()) is not None or names is None:
         return params
     return params.model_copy(update={"attribute_groups": attribute_groups(names)})
-
-
-def _embeddings_as_unseen(context: TaskContext, inputs: Inputs) -> EmbeddingsOf | None:
-    """What seen classes' embeddings would be without their images, each group composed of the other seen classes.
-
-    None where embeddings do not come from images, or too few classes would be left to compose of.
-    """
-    if inputs.embedding_set is None:
-        return None
-    directory = unpack(context.store, inputs.embedding_set.artifacts, EMBEDDER_FILES, context.scratch_dir / "embedder")
-    embedder = ClassEmbedder.load(directory)
-    if not set(inputs.seen) <= set(embedder.class_names) or len(inputs.seen) < 4:
-        return None  # classes that were unseen when the set was built, and have images now
-
-    def without_images(names: Sequence[str]) -> FloatArray:
-        held = np.isin(embedder.class_names, list(names))
-        others = ClassEmbedder(
-            tuple(name for name, is_held in zip(embedder.class_names, held, strict=True) if not is_held),
-            embedder.seen_embeddings[~held],
-            embedder.knowledge_seen[~held],
-            embedder.relation,
-            embedder.params,
-        )
-        position = {name: i for i, name in enumerate(embedder.class_names)}
-        return others.embed(embedder.knowledge_seen[[position[name] for name in names]])[0]
-
-    return without_images
-
-
-def _features(context: TaskContext, inputs: Inputs, device: str) -> ImageTables:
-    names = (*inputs.seen, *inputs.unseen)
-    if inputs.dataset.kind == "features":
-        return _stored_features(context, inputs, names)
-    with context.database.read() as session:
-        rows = split_rows(session, inputs.dataset, inputs.seen, inputs.unseen)
-    params, scratch, seed = _backbone_params(inputs)
-    train_labels = class_numbers(rows.train, inputs.seen)
-    sha256s = [row.sha256 for row in rows.train]
-    if (
-        inputs.embedding_set is not None
-        and BACKBONE_FILE in inputs.embedding_set.artifacts
-        and inputs.row.request["backbone"] is None
-    ):
-        backbone, files = _trained_backbone(context, inputs.embedding_set, params, device)
-    else:
-        backbone, files = prepared_backbone(context, params, scratch, sha256s, train_labels, seed=seed, device=device)
-    everything = [*rows.train, *rows.test_seen, *rows.test_unseen] if inputs.row.request["evaluate"] else [*rows.train]
-    contents = [row.sha256 for row in everything]
-    size = _image_size(inputs)
-    network = feature_network(backbone, inputs.row.method, size, inputs.row.params)
-    _require_memory(context, inputs, len(rows.train), len(everything) - len(rows.train), network.feature_dim)
-    table = image_features(context, contents, network, whole_image(size), phase="image_features")
-    channels = getattr(network, "channels", None)
-    tail = network.tail() if isinstance(network, Trunk) else None
-    bounds = np.cumsum([len(rows.train), len(rows.test_seen), len(rows.test_unseen)])
-    group = np.searchsorted(bounds, table.image_index, side="right")
-    labels = class_numbers([everything[i] for i in table.image_index], names)
-
-    def part(k: int, classes: tuple[str, ...]) -> LabelledFeatures:
-        features = np.asarray(table.features[group == k], dtype=np.float32)
-        return LabelledFeatures(features, labels[group == k], classes, channels, tail)
-
-    train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
-    about = describe_backbone(params, backbone)
-    return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures))
-
-
-def _require_memory(context: TaskContext, inputs: Inputs, n_train: int, n_test: int, numbers: int) -> None:
-    """InvalidInput where training would hold more than this machine has, before features are computed."""
-    n_seen, n_validation = len(inputs.seen), len(inputs.validation)
-    needed = training_bytes(inputs.row.params, n_train, n_test, numbers, n_seen=n_seen, n_validation=n_validation)
-    have = context.settings.worker_memory_bytes or memory_bytes()
-    if have is not None and needed > have:
-        raise InvalidInput(refusal(n_train + n_test, numbers, needed, have), field="method")
-
-
-def _trained_backbone(
-    context: TaskContext, embedding_set: EmbeddingSet, params: BackboneParams, device: str
-) -> tuple[Any, dict[str, str]]:
-
-    directory = unpack(context.store, embedding_set.artifacts, (BACKBONE_FILE,), context.scratch_dir / "backbone")
-    backbone = open_backbone(params, context.settings, device=device, weights=directory / BACKBONE_FILE)
-    return backbone, {BACKBONE_FILE: embedding_set.artifacts[BACKBONE_FILE]}
-
-
-def _backbone_params(inputs: Inputs) -> tuple[BackboneParams, ScratchParams, int]:
-    """The request's own network, or the embedding set's."""
-    asked = inputs.row.request["backbone"]
-    used = EmbeddingSetParams.model_validate(inputs.embedding_set.params) if inputs.embedding_set else None
-    if asked is not None or used is None:
-        scratch = ScratchParams.model_validate(inputs.row.request.get("scratch") or {})  # older rows lack it
-        return BackboneParams.model_validate(asked or {}), scratch, inputs.row.request["seed"]
-    return used.backbone, used.scratch, used.seed
-
-
-def _image_size(inputs: Inputs) -> int:
-    return image_size(inputs.row.request["image_size"], inputs.embedding_set)
-
-
-def _stored_features(context: TaskContext, inputs: Inputs, names: tuple[str, ...]) -> ImageTables:
-    dataset = read_feature_files(context, inputs.dataset.artifacts)
-    number = {name: i for i, name in enumerate(names)}
-    of_label = np.array([number.get(name, -1) for name in dataset.class_names])
-
-    def part(rows: np.ndarray[Any, Any], keep: range, classes: tuple[str, ...]) -> LabelledFeatures:
-        labels = of_label[dataset.labels[rows]]
-        chosen = (labels >= keep.start) & (labels < keep.stop)
-        return LabelledFeatures(dataset.features[rows[chosen]], labels[chosen], classes)
-
-    n_seen = len(inputs.seen)
-    return ImageTables(
-        part(dataset.train_rows, range(n_seen), inputs.seen),
-        part(dataset.test_seen_rows, range(n_seen), names),
-        part(dataset.test_unseen_rows, range(n_seen, len(names)), names),
-        None,
-        {},
-        0,
-    )
-
-
-def _digest(*arrays: np.ndarray[Any, Any]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _is_seen(inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return np.arange(len(inputs.seen) + len(inputs.unseen)) < len(inputs.seen)

@@ -8,7 +8,6 @@ them and the slice, the temperature by likelihood on both; then the model learns
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from models.errors import InvalidInput, NotFitted, ShapeMismatch, TooFewSamples
 from models.evaluation import zsl_report
 from models.params import Params
 from models.zero_shot.calibration import Calibration, FoldScores, calibrate
-from models.zero_shot.checkpoints import Checkpoints, Tape
+from models.zero_shot.checkpoints import Checkpoints, Tape, digest
 from models.zero_shot.checks import EmbeddingsOf, as_unseen, checked, positions, real_numbers, unit_embeddings
 from models.zero_shot.folds import Rows, class_folds, held_out_slice
 from models.zero_shot.scaling import FeatureScaling, Scaling
@@ -264,10 +263,8 @@ class ZeroShotModel(ABC):
 
     def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
         """Digest of all that decides a fit."""
-        digest = hashlib.sha256(f"{self.method} {self.params.model_dump_json()} {self.seed}".encode())
-        for array in (raw, labels, *(array for fold in folds for array in fold)):
-            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        about = f"{self.method} {self.params.model_dump_json()} {self.seed}"
+        return digest(about, raw, labels, *(array for fold in folds for array in fold))
 
     def _choose(
         self,

@@ -6,6 +6,7 @@ their order, which the inputs decide: what those that ended left behind, and whe
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: State) -> Any:
         """Take it back."""
         ...
+
+
+def digest(about: str, *arrays: np.ndarray[Any, Any]) -> str:
+    """What tells these inputs from others: `about` them, and the arrays with their shapes."""
+    found = hashlib.sha256(about.encode())
+    for array in arrays:
+        found.update(f"{array.shape}".encode() + np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 class FileCheckpoints:

@@ -16,7 +16,7 @@ from service import classifier_cost
 from service.schemas import ClassifierEstimate, ClassifierOut, JobOut
 from tests.service.harness import LiveApi, checked, problem
 from tests.service.tasks import finish
-from workers import training
+from workers import training_inputs
 from workers.training import train_classifier
 
 CLASSIFIERS = {method.name: method for method in METHODS if method.kind == "classifier"}
@@ -147,7 +147,7 @@ def test_training_that_no_worker_can_hold_is_refused(
     fits = estimate()
     assert fits["valid"]
     assert 3 * 4 * 49 * 2048 < fits["memory_bytes"] - PROCESS_BYTES < 5 * 3 * 4 * 49 * 2048
-    for module in (classifier_cost, training):
+    for module in (classifier_cost, training_inputs):
         monkeypatch.setattr(module, "memory_bytes", lambda: 10**9)
     assert [problem["pointer"] for problem in estimate()["problems"]] == ["/method"]
     refused(live_api, body, "/method", "GB in memory", "a worker has 1.0 GB")
@@ -181,7 +181,7 @@ def test_folds_that_let_ten_classes_take_a_turn_are_counted(live_api: LiveApi, m
     assert copies(validation_classes=[]) == 1 + 1 + 1
     named = live_api.embedding_set(vectors, unseen=("zebra",), summary={"validation_classes": ["gone", *names[:3]]})
     assert copies(embedding_set_id=named) == 1 + 4 + 1
-    monkeypatch.setattr(training, "memory_bytes", lambda: PROCESS_BYTES + 6 * 4 * 256 * len(names))
+    monkeypatch.setattr(training_inputs, "memory_bytes", lambda: PROCESS_BYTES + 6 * 4 * 256 * len(names))
     job = checked(live_api.client.post("/v1/classifiers", json=body), JobOut, 202)
     ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
     assert ended["status"] == "failed"
