@@ -30,10 +30,10 @@ from torch.nn import functional
 
 from models.backbone_parts import Tail
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress
-from models.errors import InvalidInput, NotFitted, ShapeMismatch
+from models.errors import InvalidInput, ShapeMismatch
 from models.params import Params
 from models.spatial_params import APNSpatialParams
-from models.zero_shot.attention import AttentionMaps
+from models.zero_shot.attention import AttentionMaps, check_pairs, map_channels
 from models.zero_shot.bilinear import INITIAL_WEIGHT
 from models.zero_shot.checkpoints import Run
 from models.zero_shot.checks import EmbeddingsOf
@@ -173,15 +173,8 @@ class APNSpatial(GradientModel):
 
         strengths: a_k phi_k. local: M^k above its least place. Raises NotFitted, ShapeMismatch.
         """
-        if not self._fitted:
-            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
-        if features.ndim != 2 or features.shape[1] != self._dims[0] or embeddings.shape != (
-            len(features), self._dims[1],
-        ):  # fmt: skip
-            raise ShapeMismatch(
-                f"features {features.shape} and embeddings {embeddings.shape} must be (n_images, {self._dims[0]}) and "
-                f"(n_images, {self._dims[1]}), as in training."
-            )
+        self._require_fitted()
+        check_pairs(features, embeddings, self._dims)
         rows = torch.from_numpy(np.ascontiguousarray(self._scaling(features))).to(self.device)
         with torch.no_grad():
             found = self.network.attributes(self._maps(rows))[1].transpose(1, 2)  # (B, E, R)
@@ -283,7 +276,6 @@ def _group_rows(groups: Sequence[int] | None, embedding_dim: int, device: str) -
 
 def _checked_channels(features: LabelledFeatures, tail: Tail | None, mode: str) -> int:
     """Numbers a place of the maps, where `features` are what the mode takes."""
-    width = np.shape(features.features)[1]
     if mode == "finetune":
         if tail is None:
             raise InvalidInput(
@@ -291,15 +283,8 @@ def _checked_channels(features: LabelledFeatures, tail: Tail | None, mode: str) 
                 "or mode 'frozen'.",
                 field="params/mode",
             )
+        width = np.shape(features.features)[1]
         if width != math.prod(tail.shape):
             raise ShapeMismatch(f"{width} features are not what the network's last layers take, {tail.shape}.")
         return tail.channels
-    channels = features.channels
-    if channels is None:
-        raise InvalidInput(
-            "APN on places needs a feature map of each image, places times channels, and these features are pooled. "
-            "Set `channels` to the numbers of one place, or use method 'apn'."
-        )
-    if channels < 1 or width % channels:
-        raise ShapeMismatch(f"{width} features are no map: no multiple of {channels} channels.")
-    return channels
+    return map_channels(features, "APN on places", "method 'apn'")

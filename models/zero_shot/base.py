@@ -178,8 +178,7 @@ class ZeroShotModel(ABC):
 
     def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
         """Compatibility (n_images, n_classes), float32, of raw features with any classes' embeddings; no refit."""
-        if not self._fitted:
-            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
+        self._require_fitted()
         features = real_numbers(features, "features")
         if features.ndim != 2 or features.shape[1] != self._dims[0]:
             raise ShapeMismatch(f"features {features.shape} must be (n_images, {self._dims[0]}), as in training.")
@@ -195,8 +194,7 @@ class ZeroShotModel(ABC):
 
     def save(self, directory: Path) -> None:
         """Write model.safetensors and manifest.json into `directory`, made if missing."""
-        if not self._fitted:
-            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit before save.")
+        self._require_fitted()
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {**self._state(), **self._scaling.state()}
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, directory / _WEIGHTS)
@@ -238,6 +236,10 @@ class ZeroShotModel(ABC):
         return model
 
     # -- shared work ---------------------------------------------------------------------------------------------------
+
+    def _require_fitted(self) -> None:
+        if not self._fitted:
+            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
 
     def _prepared(
         self,

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, ignore_progress
-from models.errors import InvalidInput, NotFitted, ShapeMismatch
+from models.errors import ShapeMismatch
 from models.generative_params import SCEGGParams
 from models.params import Params
 from models.precision import mixed
-from models.zero_shot.attention import AttentionMaps
+from models.zero_shot.attention import AttentionMaps, check_pairs, map_channels
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Checkpoints
 from models.zero_shot.checks import EmbeddingsOf
@@ -103,15 +103,8 @@ class SCEGG(GenerativeModel):
 
     def attention(self, features: FloatArray, embeddings: FloatArray, *, top: int = 8) -> AttentionMaps:
         """Maps of raw features (B, R * D), each image for one class: row of `embeddings` (B, embedding_dim)."""
-        if not self._fitted:
-            raise NotFitted(f"{type(self).__name__} has learned nothing yet. Call fit or load first.")
-        if features.ndim != 2 or features.shape[1] != self._dims[0] or embeddings.shape != (
-            len(features), self._dims[1],
-        ):  # fmt: skip
-            raise ShapeMismatch(
-                f"features {features.shape} and embeddings {embeddings.shape} must be (n_images, {self._dims[0]}) and "
-                f"(n_images, {self._dims[1]}), as in training."
-            )
+        self._require_fitted()
+        check_pairs(features, embeddings, self._dims)
         with torch.no_grad():
             attention, places = self.scen.look(torch.from_numpy(self._scaling(features)).to(self.device))
             strengths = self.scen.semantic(attention, places).cpu().numpy() * unit_rows(embeddings)  # (B, A): e_n phi_n
@@ -196,7 +189,7 @@ class SCEGG(GenerativeModel):
         validation_embeddings: FloatArray | EmbeddingsOf | None,
     ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
         prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
-        self._channels = _checked_channels(features)
+        self._channels = map_channels(features, "SC-EGG", "another method")
         return prepared
 
     def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
@@ -227,19 +220,6 @@ class SCEGG(GenerativeModel):
         self.scen.is_averaged = self.params.code_compat and self.params.compression_epochs > 0
         self.scen.requires_grad_(False).to(self.device)
         super()._restore(state)
-
-
-def _checked_channels(features: LabelledFeatures) -> int:
-    """Numbers a place of the maps."""
-    channels, shape = features.channels, np.shape(features.features)
-    if channels is None:
-        raise InvalidInput(
-            "SC-EGG needs a feature map of each image, places times channels, and these features are pooled. "
-            "Set `channels` to the numbers of one place, or use another method."
-        )
-    if channels < 1 or shape[1] % channels:
-        raise ShapeMismatch(f"features {shape} are no maps: {shape[1]} is no multiple of {channels} channels.")
-    return channels
 
 
 def _centred(vectors: FloatArray) -> FloatArray:
