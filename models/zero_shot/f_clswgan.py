@@ -9,7 +9,6 @@ layer with leaky ReLU; G ends in ReLU, as the features do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -23,8 +22,7 @@ from models.precision import full_precision
 from models.zero_shot.final import train_softmax
 from models.zero_shot.generative import Averages, Batches, GenerativeModel, draw, noise_dim
 from models.zero_shot.gradient import TrainingData
-from models.zero_shot.layers import perceptron
-from models.zero_shot.wgan import Adversary, adam, descend
+from models.zero_shot.wgan import Adversary, adam, descend, perceptron_generator
 
 
 class FCLSWGAN(GenerativeModel):
@@ -35,13 +33,7 @@ class FCLSWGAN(GenerativeModel):
     params: FCLSWGANParams
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
-        width = noise_dim(self.params, embedding_dim)
-        return perceptron(
-            [width + embedding_dim, self.params.hidden_dim, feature_dim],
-            generator,
-            hidden=lambda: nn.LeakyReLU(0.2),
-            output=nn.ReLU() if self.params.normalize in ("minmax", "none") else None,  # others have negative features
-        )
+        return perceptron_generator(self.params, feature_dim, embedding_dim, generator)
 
     def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
         noise = draw(len(embeddings), noise_dim(self.params, embeddings.shape[1]), generator)
@@ -67,11 +59,8 @@ class FCLSWGAN(GenerativeModel):
         while True:
             averages = Averages()
             for _ in range(params.steps_per_epoch):
-                for rows in islice(steps, params.critic_steps):
-                    embeddings = data.embeddings[data.labels[rows]]
-                    with torch.no_grad():
-                        fake = self._generate(embeddings, chance)
-                    averages.add(distance=adversary.learn(data.features[rows], fake, embeddings, chance))
+                rows = adversary.keep_up(data, steps, self._generate, averages)
+                embeddings = data.embeddings[data.labels[rows]]
                 fake = self._generate(embeddings, chance)
                 class_loss = functional.cross_entropy(fake @ weight.T + bias, data.labels[rows])
                 loss = adversary.judge(fake, embeddings) + params.class_weight * class_loss

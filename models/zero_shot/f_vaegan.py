@@ -9,7 +9,6 @@ with log p the binary cross-entropy of features in [0, 1], summed over dimension
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -49,12 +48,9 @@ class FVAEGAN(GenerativeModel):
         while True:
             averages = Averages()
             for _ in range(params.steps_per_epoch):
-                for rows in islice(steps, params.critic_steps):
-                    real, embeddings = data.features[rows], data.embeddings[data.labels[rows]]
-                    with torch.no_grad():
-                        fake = self._generate(embeddings, chance)
-                    averages.add(distance=adversary.learn(real, fake, embeddings, chance))
-                vae_loss = vae_terms(network, real, embeddings, chance)
+                rows = adversary.keep_up(data, steps, self._generate, averages)
+                embeddings = data.embeddings[data.labels[rows]]
+                vae_loss = vae_terms(network, data.features[rows], embeddings, chance)
                 judged = adversary.judge(self._generate(embeddings, chance), embeddings)
                 loss = vae_loss + params.gan_weight * judged
                 descend(optimizer, loss)

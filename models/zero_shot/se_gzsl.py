@@ -11,7 +11,6 @@ and the final classifier sees E_s(x) of real and generated features (Eq. 17). A 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -23,8 +22,7 @@ from models.params import Params
 from models.zero_shot.decomposition import Decomposition, decompose, info_nce, similarity_loss
 from models.zero_shot.generative import Averages, Batches, GenerativeModel, draw, noise_dim
 from models.zero_shot.gradient import TrainingData
-from models.zero_shot.layers import perceptron
-from models.zero_shot.wgan import Adversary, adam, descend, frozen
+from models.zero_shot.wgan import Adversary, adam, descend, frozen, perceptron_generator
 
 
 class SemanticGenerator(nn.Module):
@@ -44,15 +42,10 @@ class SEGZSL(GenerativeModel):
     network: SemanticGenerator
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
-        width = noise_dim(self.params, embedding_dim)
+        params = self.params
         return SemanticGenerator(
-            Decomposition(self.params, feature_dim, embedding_dim, generator),
-            perceptron(
-                [width + embedding_dim, self.params.hidden_dim, feature_dim],
-                generator,
-                hidden=lambda: nn.LeakyReLU(self.params.slope),
-                output=nn.ReLU() if self.params.normalize in ("minmax", "none") else None,  # others have negative ones
-            ),
+            Decomposition(params, feature_dim, embedding_dim, generator),
+            perceptron_generator(params, feature_dim, embedding_dim, generator, slope=params.slope),
         )
 
     def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
@@ -78,11 +71,8 @@ class SEGZSL(GenerativeModel):
         while True:
             averages = Averages()
             for _ in range(params.steps_per_epoch):
-                for rows in islice(steps, params.critic_steps):
-                    embeddings = data.embeddings[data.labels[rows]]
-                    with torch.no_grad():
-                        fake = self._generate(embeddings, chance)
-                    averages.add(distance=adversary.learn(data.features[rows], fake, embeddings, chance))
+                rows = adversary.keep_up(data, steps, self._generate, averages)
+                embeddings = data.embeddings[data.labels[rows]]
                 fake = self._generate(embeddings, chance)
                 guidance = self._guidance(fake, data, rows)
                 loss = adversary.judge(fake, embeddings) + torch.stack(list(guidance.values())).sum()

@@ -1,4 +1,4 @@
-"""The conditional Wasserstein GAN that feature generators share: critic, gradient penalty, alternating steps.
+"""The conditional Wasserstein GAN that feature generators share: generator, critic, gradient penalty, steps in turn.
 
 Xian et al., "Feature Generating Networks for Zero-Shot Learning" (CVPR 2018, https://arxiv.org/abs/1712.00981), Eq. 1:
     min_G max_D  E D(x, a) - E D(x~, a) - lambda E (||grad_x^ D(x^, a)||_2 - 1)^2,  x~ = G(z, a),
@@ -8,8 +8,9 @@ starves narrow ones. Letters in trailing comments: B images of a step, D feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,27 @@ from torch.nn import functional
 from models.generative_params import GANParams
 from models.precision import full_precision
 from models.zero_shot.checkpoints import Stateful
-from models.zero_shot.layers import linear
+from models.zero_shot.generative import Averages, noise_dim
+from models.zero_shot.gradient import TrainingData
+from models.zero_shot.layers import linear, perceptron
+
+Make = Callable[[Tensor, torch.Generator], Tensor]
+"""(embeddings (B, E), chance) -> generated features (B, D)."""
+
+
+def perceptron_generator(
+    params: GANParams, feature_dim: int, embedding_dim: int, generator: torch.Generator, *, slope: float = 0.2
+) -> nn.Sequential:
+    """G: [z; a] to features through one hidden layer with leaky ReLU; weights from `generator`.
+
+    It ends in ReLU where no scaled feature is negative.
+    """
+    return perceptron(
+        [noise_dim(params, embedding_dim) + embedding_dim, params.hidden_dim, feature_dim],
+        generator,
+        hidden=lambda: nn.LeakyReLU(slope),
+        output=nn.ReLU() if params.normalize in ("minmax", "none") else None,
+    )
 
 
 class Critic(nn.Module):
@@ -76,7 +97,7 @@ class Adversary:
     ) -> None:
         weights = torch.Generator().manual_seed(seed + 1)  # others than the generator's
         self.critic = Critic(feature_dim, embedding_dim, params.hidden_dim, weights, slope=slope).to(device)
-        self._penalty_weight = params.penalty_weight
+        self._penalty_weight, self._critic_steps = params.penalty_weight, params.critic_steps
         self._optimizer = adam(params, self.critic)
 
     def learn(self, real: Tensor, fake: Tensor, embeddings: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,6 +105,15 @@ class Adversary:
         distance, penalty = self.critic.compare(real, fake, embeddings, generator)
         descend(self._optimizer, self._penalty_weight * penalty - distance)
         return distance.detach()
+
+    def keep_up(self, data: TrainingData, steps: Iterator[Tensor], make: Make, averages: Averages) -> Tensor:
+        """Its steps for one of the generator, which makes the features without learning; the rows of the last."""
+        for rows in islice(steps, self._critic_steps):
+            embeddings = data.embeddings[data.labels[rows]]
+            with torch.no_grad():
+                fake = make(embeddings, data.generator)
+            averages.add(distance=self.learn(data.features[rows], fake, embeddings, data.generator))
+        return rows
 
     def parts(self) -> dict[str, Stateful]:
         """What it learns."""
