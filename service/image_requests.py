@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 
 from models.errors import nearest_names
 from service.core import repositories
 from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
 from service.core.tables import Classifier
 from service.deps import Parts
+from service.problems import invalid
 from service.uploads import content_type_of, file_fields, filename_of, multipart
 
 Send = Callable[[dict[str, Any], Sequence[bytes]], Awaitable[dict[str, Any]]]
+Options = TypeVar("Options", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,33 @@ class ImageRequest:
     images: list[bytes]
     filenames: list[str | None]
     options: dict[str, Any]
+
+
+def image_body(options: type[BaseModel], json: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What OpenAPI says of a body with images and `options`; `json`: the schema of one that is an object instead."""
+    binary = {"type": "string", "format": "binary"}
+    properties = {"images": {"type": "array", "items": binary}, **options.model_json_schema()["properties"]}
+    schemas = {
+        "multipart/form-data": {"type": "object", "required": ["images"], "properties": properties},
+        "image/*": binary,
+    }
+    if json is not None:
+        schemas["application/json"] = json
+    content = {media_type: {"schema": schema} for media_type, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def stated(**options: Any) -> dict[str, Any]:
+    """The options that the query states."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def validated(options: dict[str, Any], kind: type[Options]) -> Options:
+    """The `options` as a `kind`; Invalid with all that is wrong with them."""
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        raise invalid(error.errors(), kind) from None
 
 
 async def read_images(request: Request, parts: Parts, given: dict[str, Any], fields: Iterable[str]) -> ImageRequest:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from models.data.images import ImageLimits, decode_image
@@ -17,9 +17,9 @@ from models.knowledge.names import validate_class_names
 from service.answers import AttentionOut
 from service.core.errors import Conflict, Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.deps import Parts, PartsDep
-from service.image_requests import ask, read_images, ready_classifier_id
+from service.image_requests import ask, image_body, read_images, ready_classifier_id, stated, validated
 from service.json import FastJSON
-from service.problems import documented, invalid
+from service.problems import documented
 
 router = APIRouter(prefix="/v1/classifiers", tags=["classify"])
 JPEG = "image/jpeg"
@@ -40,24 +40,7 @@ class Options(BaseModel):
         200: {"content": {JPEG: {"schema": {"type": "string", "format": "binary"}}}},
         **documented(NotFound, Conflict, TooLarge, UnsupportedMedia),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["images"],
-                        "properties": {
-                            "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                            **Options.model_json_schema()["properties"],
-                        },
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            },
-        }
-    },
+    openapi_extra=image_body(Options),
 )
 async def attention(
     classifier_id: str,
@@ -72,12 +55,9 @@ async def attention(
 
     Answers numbers, or, to `Accept: image/jpeg` and one image, a picture with the maps laid over it.
     """
-    given = {name: value for name, value in (("class_name", class_name), ("top_k", top_k)) if value is not None}
+    given = stated(class_name=class_name, top_k=top_k)
     images = await read_images(request, parts, given, Options.model_fields)
-    try:
-        options = Options.model_validate(images.options)
-    except ValidationError as error:
-        raise invalid(error.errors(), Options) from None
+    options = validated(images.options, Options)
     if options.class_name is not None:
         (name,) = validate_class_names([options.class_name], field="class_name")
         options = options.model_copy(update={"class_name": name})

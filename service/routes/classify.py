@@ -14,7 +14,7 @@ from models.knowledge.names import validate_class_names
 from service.answers import ClassifyOut, HuggingFaceRequest
 from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
 from service.deps import Parts, PartsDep
-from service.image_requests import ImageRequest, ask, read_images, ready_classifier_id
+from service.image_requests import ImageRequest, ask, image_body, read_images, ready_classifier_id, stated, validated
 from service.json import FastJSON
 from service.openapi import body_schema
 from service.problems import documented, invalid
@@ -41,25 +41,7 @@ class Options(BaseModel):
     "",
     response_model=ClassifyOut,
     responses=documented(NotFound, Conflict, TooLarge, UnsupportedMedia),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["images"],
-                        "properties": {
-                            "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                            **Options.model_json_schema()["properties"],
-                        },
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "application/json": {"schema": body_schema(HuggingFaceRequest)},
-            },
-        }
-    },
+    openapi_extra=image_body(Options, json=body_schema(HuggingFaceRequest)),
 )
 async def classify(
     request: Request,
@@ -77,16 +59,15 @@ async def classify(
     ] = None,
 ) -> Response:
     """Recognises seen and unseen classes. Options go in the query, or, with multipart, in the form."""
-    given = {
-        "classifier_id": classifier_id,
-        "scope": scope,
-        "class_names": class_names,
-        "top_k": top_k,
-        "gamma": gamma,
-        "explain": explain,
-        "min_score": min_score,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = stated(
+        classifier_id=classifier_id,
+        scope=scope,
+        class_names=class_names,
+        top_k=top_k,
+        gamma=gamma,
+        explain=explain,
+        min_score=min_score,
+    )
     if content_type_of(request) == "application/json":
         return await _classify_hugging_face(await request.body(), parts, given)
     images = await read_images(request, parts, given, Options.model_fields)
@@ -112,10 +93,7 @@ async def _classify_hugging_face(raw: bytes, parts: Parts, given: dict[str, Any]
 
 
 def _options(given: dict[str, Any]) -> Options:
-    try:
-        options = Options.model_validate(given)
-    except ValidationError as error:
-        raise invalid(error.errors(), Options) from None
+    options = validated(given, Options)
     if options.class_names is None:
         return options
     if not options.class_names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
@@ -14,9 +14,9 @@ from service.core import repositories
 from service.core.errors import Conflict, Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.core.tables import Classifier
 from service.deps import Parts, PartsDep
-from service.image_requests import ask, read_images, ready_classifier_id
+from service.image_requests import ask, image_body, read_images, ready_classifier_id, stated, validated
 from service.json import FastJSON
-from service.problems import documented, invalid
+from service.problems import documented
 
 router = APIRouter(prefix="/v1/infer", tags=["classify"])
 METHOD = "psr"
@@ -36,24 +36,7 @@ class Options(BaseModel):
     "",
     response_model=InferOut,
     responses=documented(NotFound, Conflict, TooLarge, UnsupportedMedia),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["images"],
-                        "properties": {
-                            "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                            **Options.model_json_schema()["properties"],
-                        },
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            },
-        }
-    },
+    openapi_extra=image_body(Options),
 )
 async def infer(
     request: Request,
@@ -64,13 +47,9 @@ async def infer(
     top_k: Annotated[int | None, Query(ge=1, le=100_000, description="Of each side, at most.")] = None,
 ) -> Response:
     """Approximate semantic inference (PSR, 4.5): the known classes that images of unknown ones are like, and unlike."""
-    given = {"classifier_id": classifier_id, "class_names": class_names, "tau": tau, "top_k": top_k}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = stated(classifier_id=classifier_id, class_names=class_names, tau=tau, top_k=top_k)
     images = await read_images(request, parts, given, Options.model_fields)
-    try:
-        options = Options.model_validate(images.options)
-    except ValidationError as error:
-        raise invalid(error.errors(), Options) from None
+    options = validated(images.options, Options)
     names = options.class_names and list(validate_class_names(options.class_names, field="class_names"))
     chosen = await run_in_threadpool(_classifier_id, parts, options.classifier_id)
     asked = {"classifier_id": chosen, "class_names": names, "tau": options.tau, "top_k": options.top_k}
