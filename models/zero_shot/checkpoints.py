@@ -20,6 +20,7 @@ from torch import Tensor
 
 State = dict[str, Any]
 SAVE_EVERY_S = 5.0
+"""At least this long between two savings: writing takes time, too."""
 
 
 class Checkpoints(Protocol):
@@ -114,6 +115,37 @@ class _Part:
         self.all.save(self.name, state)
 
 
+class Keeper:
+    """Checkpoints of the inputs that `identity` tells from others, whose are not taken up; saved now and then."""
+
+    def __init__(
+        self, checkpoints: Checkpoints | None, identity: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._checkpoints, self._identity, self._clock = checkpoints, identity, clock
+        self._saved_at = clock()
+
+    def load(self) -> State:
+        """What was kept of the same inputs; empty where there is nothing."""
+        saved = self._checkpoints.load() if self._checkpoints is not None else None
+        return saved if saved is not None and saved.get("identity") == self._identity else {}
+
+    @property
+    def is_keeping(self) -> bool:
+        """Whether there is a place to save to."""
+        return self._checkpoints is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is one, and it is time."""
+        return self.is_keeping and self._clock() - self._saved_at >= SAVE_EVERY_S
+
+    def save(self, **state: Any) -> None:
+        """Replaces what was kept."""
+        if self._checkpoints is not None:
+            self._checkpoints.save({"identity": self._identity, **state})
+            self._saved_at = self._clock()
+
+
 class Chance:
     """A random generator with the interface of the other parts."""
 
@@ -133,19 +165,11 @@ class Tape:
     """The runs of one fit. `identity` tells inputs and parameters apart: a tape of others is not played."""
 
     def __init__(
-        self,
-        checkpoints: Checkpoints | None,
-        identity: str,
-        *,
-        every_s: float = SAVE_EVERY_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, checkpoints: Checkpoints | None, identity: str, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._checkpoints, self._identity = checkpoints, identity
-        self._every_s, self._clock = every_s, clock
-        self._saved_at = clock()
+        self._keeper = Keeper(checkpoints, identity, clock=clock)
         self._next = 0
-        saved = checkpoints.load() if checkpoints is not None else None
-        self._runs: list[State] = saved["runs"] if saved is not None and saved.get("identity") == identity else []
+        self._runs: list[State] = self._keeper.load().get("runs", [])
 
     def begin(self) -> Run:
         """The next run, from where it was left."""
@@ -155,14 +179,11 @@ class Tape:
         return Run(self, self._next - 1, self._runs[self._next - 1])
 
     def put(self, number: int, state: Callable[[], State], *, is_end: bool) -> None:
-        """Keep a run's state; not each time, for writing takes time, too."""
-        if self._checkpoints is None:
-            return
-        if is_end or self._clock() - self._saved_at >= self._every_s:
+        """Keep a run's state where it ended, or where it is time to save."""
+        if self._keeper.is_due or (is_end and self._keeper.is_keeping):
             self._runs[number] = state()
-        if self._clock() - self._saved_at >= self._every_s:
-            self._checkpoints.save({"identity": self._identity, "runs": self._runs[: number + 1]})
-            self._saved_at = self._clock()
+        if self._keeper.is_due:
+            self._keeper.save(runs=self._runs[: number + 1])
 
 
 class Run:

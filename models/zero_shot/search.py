@@ -17,7 +17,7 @@ import numpy as np
 from models.base import OnProgress, Progress
 from models.errors import InvalidInput
 from models.params import Params, SearchParams, search_space
-from models.zero_shot.checkpoints import SAVE_EVERY_S, Checkpoints
+from models.zero_shot.checkpoints import Checkpoints, Keeper
 
 Assess = Callable[[Params, OnProgress], Mapping[str, Any]]
 """(parameters, on_progress) -> what was measured on validation classes, `t1` and `h` among it."""
@@ -86,19 +86,9 @@ def search_params(
 class _FinishedTrials:
     """Trials of an earlier attempt at the same search, and where those of this one are kept."""
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints | None,
-        identity: str,
-        *,
-        every_s: float = SAVE_EVERY_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._checkpoints, self._identity = checkpoints, identity
-        self._every_s, self._clock = every_s, clock
-        self._saved_at = clock()
-        saved = checkpoints.load() if checkpoints is not None else None
-        self._earlier = saved["trials"] if saved is not None and saved.get("identity") == identity else []
+    def __init__(self, checkpoints: Checkpoints | None, identity: str) -> None:
+        self._keeper = Keeper(checkpoints, identity)
+        self._earlier: list[dict[str, Any]] = self._keeper.load().get("trials", [])
 
     def take(self, number: int, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
         """The earlier trial of that number, if it was one of the same parameters; after one that was not, no more."""
@@ -109,10 +99,8 @@ class _FinishedTrials:
 
     def save(self, trials: list[dict[str, Any]]) -> None:
         """Keep what is done so far; not each time where trials are short."""
-        is_new = len(trials) > len(self._earlier)
-        if self._checkpoints is not None and is_new and self._clock() - self._saved_at >= self._every_s:
-            self._checkpoints.save({"identity": self._identity, "trials": trials})
-            self._saved_at = self._clock()
+        if len(trials) > len(self._earlier) and self._keeper.is_due:
+            self._keeper.save(trials=trials)
 
 
 def _study(seed: int) -> Any:

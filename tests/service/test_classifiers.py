@@ -13,9 +13,9 @@ from models import small_cnn
 from models.evaluation import Report, gzsl_report
 from models.params import ScratchParams
 from models.small_cnn import train_small_cnn
-from models.zero_shot.checkpoints import Run, Tape
+from models.zero_shot import checkpoints
+from models.zero_shot.checkpoints import Run
 from models.zero_shot.f_vaegan import FVAEGAN
-from models.zero_shot.search import _FinishedTrials
 from models.zero_shot.sje import SJE
 from service.core import repositories
 from service.core.tables import Classifier
@@ -122,7 +122,7 @@ def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> Non
 
 
 def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape.__init__, "__kwdefaults__", {**(Tape.__init__.__kwdefaults__ or {}), "every_s": 0.0})
+    monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
     names = [f"sort {i}" for i in range(6)]
     vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
     knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
@@ -166,8 +166,7 @@ def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monke
 
 
 def test_a_retried_search_goes_on_with_its_trials(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kept in (Tape, _FinishedTrials):
-        monkeypatch.setattr(kept.__init__, "__kwdefaults__", {**(kept.__init__.__kwdefaults__ or {}), "every_s": 0.0})
+    monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
     names = [f"race {i}" for i in range(6)]
     vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
     knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()

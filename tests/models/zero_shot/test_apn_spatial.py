@@ -19,9 +19,10 @@ from models.base import FloatArray, LabelledFeatures, OnProgress, Progress, igno
 from models.errors import Cancelled, InvalidInput, NotFitted, ShapeMismatch
 from models.evaluation import mean_per_class_accuracy
 from models.spatial_params import APNSpatialParams
+from models.zero_shot import checkpoints
 from models.zero_shot.apn_spatial import APNSpatial, compactness, decorrelation
 from models.zero_shot.base import load_classifier
-from models.zero_shot.checkpoints import FileCheckpoints, Tape
+from models.zero_shot.checkpoints import FileCheckpoints
 from models.zero_shot.scaling import unit_rows
 from tests.models.zero_shot.made_up import MadeUp, made_up
 from tests.reference import softmax
@@ -275,9 +276,9 @@ def test_saved_with_its_network_it_answers_the_same(tmp_path: Path) -> None:
 def test_a_lost_fine_tuning_goes_on_to_the_same_bits(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tape.__init__, "__kwdefaults__", {**(Tape.__init__.__kwdefaults__ or {}), "every_s": 0.0})
+    monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
     data, (plain, n_reports) = photos(), tuned()
-    checkpoints = FileCheckpoints(tmp_path / "state")
+    kept = FileCheckpoints(tmp_path / "state")
     left = int(share * n_reports)
 
     def stop(progress: Progress) -> None:
@@ -292,13 +293,13 @@ def test_a_lost_fine_tuning_goes_on_to_the_same_bits(
             data.seen_embeddings,
             validation_classes=VALIDATION,
             on_progress=on_progress,
-            checkpoints=checkpoints,
+            checkpoints=kept,
         )
 
     with pytest.raises(Cancelled):
         fit(stop)
     resumed = fit(ignore_progress)
-    assert checkpoints.load() is not None
+    assert kept.load() is not None
     everything = np.concatenate([data.seen_embeddings, data.unseen_embeddings])
     one, other = (m.scores(data.unseen.features, everything) for m in (plain, resumed))
     assert np.array_equal(one, other)

@@ -20,6 +20,7 @@ from models.zero_shot.base import ZeroShotModel, create_classifier
 from models.zero_shot.checkpoints import Chance, FileCheckpoints, State, Tape
 from tests.models.test_contract import DATA, VALIDATION, quick
 
+EVERY_S = module.SAVE_EVERY_S
 METHODS_WITH_EPOCHS = [m.name for m in METHODS if m.kind == "classifier" and "epochs" in m.params.model_fields]
 
 
@@ -38,7 +39,7 @@ class Kept:
 
 @pytest.fixture(autouse=True)
 def save_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape.__init__, "__kwdefaults__", {**(Tape.__init__.__kwdefaults__ or {}), "every_s": 0.0})
+    monkeypatch.setattr(module, "SAVE_EVERY_S", 0.0)
 
 
 def fit(name: str, params: Params, kept: Any, stop_after: int | None = None) -> tuple[ZeroShotModel, int]:
@@ -110,14 +111,15 @@ def test_a_file_comes_back_whole_or_counts_as_none(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_saving_waits_for_its_interval() -> None:
+def test_saving_waits_for_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAVE_EVERY_S", EVERY_S)
     now = 0.0
     kept = Kept()
-    tape = Tape(kept, "x", every_s=5.0, clock=lambda: now)
+    tape = Tape(kept, "x", clock=lambda: now)
     run = tape.begin()
     run.resume(chance=Chance(torch.Generator()))
     for second in range(12):
         now = float(second)
         run.record({"epoch": float(second)})
     assert [len(state["runs"][0]["history"]) for state in kept.states] == [6, 11]
-    assert module.SAVE_EVERY_S > 0
+    assert EVERY_S > 0

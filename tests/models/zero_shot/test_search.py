@@ -11,9 +11,10 @@ from models.catalog import METHODS
 from models.classifier_params import LATEMParams, SJEParams
 from models.errors import Cancelled, InvalidInput
 from models.params import Params, SearchParams, search_space
+from models.zero_shot import checkpoints
 from models.zero_shot.base import create_classifier
 from models.zero_shot.checkpoints import CheckpointParts
-from models.zero_shot.search import SearchResult, _FinishedTrials, search_params
+from models.zero_shot.search import SearchResult, search_params
 from tests.models.zero_shot.made_up import made_up
 from tests.models.zero_shot.test_checkpoints import Kept
 
@@ -34,9 +35,7 @@ def near(wanted: float) -> Any:
 
 def save_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials here take no time, and are kept all the same."""
-    monkeypatch.setattr(
-        _FinishedTrials.__init__, "__kwdefaults__", {**(_FinishedTrials.__init__.__kwdefaults__ or {}), "every_s": 0.0}
-    )
+    monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
 
 
 def test_search_finds_what_is_better_and_keeps_what_is_fixed() -> None:
@@ -84,11 +83,11 @@ def test_a_search_that_was_broken_off_goes_on_with_the_same_trials(monkeypatch: 
         report: dict[str, Any] = near(0.01)(params, on_progress)
         return report
 
-    def search(checkpoints: Kept | None, inputs: str = "here", **changes: Any) -> SearchResult:
+    def search(place: Kept | None, inputs: str = "here", **changes: Any) -> SearchResult:
         budget = SearchParams(trials=12, **changes)
         return search_params(
             SJEParams(), {"scale"}, assess, budget, seed=0,
-            on_progress=ignore_progress, checkpoints=checkpoints, inputs=inputs,
+            on_progress=ignore_progress, checkpoints=place, inputs=inputs,
         )  # fmt: skip
 
     with pytest.raises(Cancelled):
