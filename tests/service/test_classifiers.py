@@ -22,10 +22,13 @@ from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
 from tests.service.tasks import finish
+from workers.runner import TaskFunction
 from workers.training import train_classifier
 
 SMALL = {"name": "small_cnn", "weights": "random"}
 SCRATCH = {"name": "small_cnn", "weights": "scratch"}
+VALIDATION = ["kind 0", "kind 1"]
+TASKS: dict[str, TaskFunction] = {"train_classifier": train_classifier}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,27 @@ def inputs(live_api: LiveApi) -> dict[str, str]:
     vectors = {name: np.eye(4)[i] for i, name in enumerate(("cat", "dog", "cow", "polar_bear"))}
     dataset_id = live_api.filled_dataset({"cat": 1, "dog": 1, "cow": 1})
     return {"dataset_id": dataset_id, "embedding_set_id": live_api.embedding_set(vectors, unseen=("polar_bear",))}
+
+
+def knowledge(api: LiveApi, vectors: dict[str, list[float]]) -> str:
+    """The id of a source that has these vectors, read in."""
+    job = api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
+    finish(api, job["id"])
+    return str(job["resource"]["id"])
+
+
+def body_on(api: LiveApi, n_seen: int = 6, **fields: Any) -> dict[str, Any]:
+    """A request for a quick classifier on so many seen classes of three images each, and a zebra."""
+    names = [f"kind {i}" for i in range(n_seen)]
+    return {
+        "dataset_id": api.filled_dataset(dict.fromkeys(names, 3)),
+        "knowledge_id": knowledge(api, {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}),
+        "unseen_classes": ["zebra"],
+        "backbone": SMALL,
+        "image_size": 32,
+        "evaluate": False,
+        **fields,
+    }
 
 
 def create(api: LiveApi, body: dict[str, Any]) -> httpx.Response:
@@ -74,11 +98,9 @@ def test_a_network_is_trained_from_scratch_as_asked(live_api: LiveApi, monkeypat
 
     monkeypatch.setattr(small_cnn, "train_small_cnn", watched)
     vectors = {"cat": [1.0, 0.0], "dog": [0.0, 1.0], "zebra": [1.0, 1.0]}
-    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    finish(live_api, knowledge["id"])
     body = {
         "dataset_id": live_api.filled_dataset({"cat": 4, "dog": 4}),
-        "knowledge_id": knowledge["resource"]["id"],
+        "knowledge_id": knowledge(live_api, vectors),
         "unseen_classes": ["zebra"],
         "method": "eszsl",
         "backbone": SCRATCH,
@@ -87,7 +109,7 @@ def test_a_network_is_trained_from_scratch_as_asked(live_api: LiveApi, monkeypat
     }
     for _ in range(2):  # the second one finds the network of the first
         job = checked(create(live_api, body), JobOut, 202)
-        ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
+        ended = finish(live_api, job["id"], TASKS)
         assert ended["status"] == "succeeded", ended["error"]
     assert asked == [ScratchParams(epochs=2, batch_size=3)]
     with live_api.parts.database.read() as session:
@@ -95,23 +117,14 @@ def test_a_network_is_trained_from_scratch_as_asked(live_api: LiveApi, monkeypat
 
 
 def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> None:
-    names = [f"kind {i}" for i in range(6)]
-    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
-    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    finish(live_api, knowledge["id"])
-    body = {
-        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
-        "knowledge_id": knowledge["resource"]["id"],
-        "unseen_classes": ["zebra"],
-        "validation_classes": names[:2],
-        "params": {"epochs": 2, "normalize": "l2", "folds": 1},
-        "search": {"trials": 3, "metric": "t1"},
-        "backbone": SMALL,
-        "image_size": 32,
-        "evaluate": False,
-    }
+    body = body_on(
+        live_api,
+        validation_classes=VALIDATION,
+        params={"epochs": 2, "normalize": "l2", "folds": 1},
+        search={"trials": 3, "metric": "t1"},
+    )
     job = checked(create(live_api, body), JobOut, 202)
-    ended = finish(live_api, job["id"], {"train_classifier": train_classifier})
+    ended = finish(live_api, job["id"], TASKS)
     assert ended["status"] == "succeeded", ended["error"]
     row = checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)
     trials = row["metrics"]["search"]["trials"]
@@ -123,22 +136,8 @@ def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> Non
 
 def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
-    names = [f"sort {i}" for i in range(6)]
-    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
-    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    finish(live_api, knowledge["id"])
     small = {"epochs": 4, "steps_per_epoch": 3, "batch_size": 8, "hidden_dim": 16}
-    body = {
-        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
-        "knowledge_id": knowledge["resource"]["id"],
-        "unseen_classes": ["zebra"],
-        "validation_classes": names[:2],
-        "method": "f_vaegan",
-        "params": small,
-        "backbone": SMALL,
-        "image_size": 32,
-        "evaluate": False,
-    }
+    body = body_on(live_api, validation_classes=VALIDATION, method="f_vaegan", params=small)
     began: list[int] = []
     original = FVAEGAN._epochs
 
@@ -150,14 +149,13 @@ def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monke
             yield entry
 
     monkeypatch.setattr(FVAEGAN, "_epochs", watched)
-    tasks = {"train_classifier": train_classifier}
     job = checked(create(live_api, body), JobOut, 202)
-    assert finish(live_api, job["id"], tasks)["status"] == "failed"
+    assert finish(live_api, job["id"], TASKS)["status"] == "failed"
     checked(live_api.client.post(f"/v1/jobs/{job['id']}/retry"), JobOut, 202)
-    assert finish(live_api, job["id"], tasks)["status"] == "succeeded"
+    assert finish(live_api, job["id"], TASKS)["status"] == "succeeded"
     assert began[:2] == [0, 2]
     again = checked(create(live_api, body), JobOut, 202)
-    assert finish(live_api, again["id"], tasks)["status"] == "succeeded"
+    assert finish(live_api, again["id"], TASKS)["status"] == "succeeded"
     resumed, plain = (
         checked(live_api.client.get(j["resource"]["href"]), ClassifierOut)["metrics"] for j in (job, again)
     )
@@ -167,21 +165,7 @@ def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monke
 
 def test_a_retried_search_goes_on_with_its_trials(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
-    names = [f"race {i}" for i in range(6)]
-    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
-    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    finish(live_api, knowledge["id"])
-    body = {
-        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
-        "knowledge_id": knowledge["resource"]["id"],
-        "unseen_classes": ["zebra"],
-        "validation_classes": names[:2],
-        "params": {"epochs": 2, "folds": 1},
-        "search": {"trials": 5},
-        "backbone": SMALL,
-        "image_size": 32,
-        "evaluate": False,
-    }
+    body = body_on(live_api, validation_classes=VALIDATION, params={"epochs": 2, "folds": 1}, search={"trials": 5})
     begun = 0
     broken = {4, 8}  # in the fourth trial; then, with the search done, in the training
     original = SJE._make_network
@@ -194,17 +178,16 @@ def test_a_retried_search_goes_on_with_its_trials(live_api: LiveApi, monkeypatch
         return original(self, *inputs)
 
     monkeypatch.setattr(SJE, "_make_network", watched)
-    tasks = {"train_classifier": train_classifier}
     job = checked(create(live_api, body), JobOut, 202)
     for _ in broken:
-        assert finish(live_api, job["id"], tasks)["status"] == "failed"
+        assert finish(live_api, job["id"], TASKS)["status"] == "failed"
         checked(live_api.client.post(f"/v1/jobs/{job['id']}/retry"), JobOut, 202)
-    ended = finish(live_api, job["id"], tasks)
+    ended = finish(live_api, job["id"], TASKS)
     assert ended["status"] == "succeeded", ended["error"]
     assert begun <= 5 + 1 + 1 + 3  # five trials, one of them twice, the broken training, and the one that ended
     broken.clear()
     again = checked(create(live_api, body), JobOut, 202)
-    assert finish(live_api, again["id"], tasks)["status"] == "succeeded"
+    assert finish(live_api, again["id"], TASKS)["status"] == "succeeded"
     resumed, plain = (checked(live_api.client.get(j["resource"]["href"]), ClassifierOut) for j in (job, again))
     assert resumed["params"] == plain["params"]
     for row in (resumed, plain):
@@ -225,22 +208,9 @@ def test_a_small_device_gets_smaller_batches_and_the_job_says_so(
         return original(self, features, labels, embeddings)
 
     monkeypatch.setattr(SJE, "_loss", loss)
-    names = [f"breed {i}" for i in range(4)]
-    vectors = {name: np.eye(8)[i].tolist() for i, name in enumerate([*names, "zebra"])}
-    knowledge = live_api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    finish(live_api, knowledge["id"])
-    body = {
-        "dataset_id": live_api.filled_dataset(dict.fromkeys(names, 3)),
-        "knowledge_id": knowledge["resource"]["id"],
-        "unseen_classes": ["zebra"],
-        "params": {"epochs": 2, "batch_size": 8, "early_stopping": False},
-        "backbone": SMALL,
-        "image_size": 32,
-        "evaluate": False,
-    }
-    tasks = {"train_classifier": train_classifier}
+    body = body_on(live_api, n_seen=4, params={"epochs": 2, "batch_size": 8, "early_stopping": False})
     job = checked(create(live_api, body), JobOut, 202)
-    ended = finish(live_api, job["id"], tasks)
+    ended = finish(live_api, job["id"], TASKS)
     assert ended["status"] == "succeeded", ended["error"]
     assert "batches of 4 are used" in ended["progress"]["notes"][0]
     row = checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)
@@ -249,7 +219,7 @@ def test_a_small_device_gets_smaller_batches_and_the_job_says_so(
     held.pop(0)
     job = checked(create(live_api, body), JobOut, 202)
     live_api.set_job(job["id"], max_attempts=1)
-    ended = finish(live_api, job["id"], tasks)
+    ended = finish(live_api, job["id"], TASKS)
     assert ended["status"] == "failed"
     assert "even hold batches of 1." in ended["error"]["detail"]
 
