@@ -162,7 +162,7 @@ class Client(Connection):
             body["vectors"] = plain_vectors(vectors)
         if attribute_names is not None:
             body["attribute_names"] = list(attribute_names)
-        body |= {field: value for field, value in (("model", model), ("template", template)) if value is not None}
+        body |= _given(model=model, template=template)
         return as_object(self._http.json("POST", "/v1/knowledge", json=body))
 
     def lookup(self, knowledge_id: str, names: Sequence[str]) -> list[Json]:
@@ -192,8 +192,7 @@ class Client(Connection):
         body: Json = {"dataset_id": dataset_id, "knowledge_id": knowledge_id, "unseen_classes": list(unseen_classes)}
         if seen_classes is not None:
             body["seen_classes"] = list(seen_classes)
-        params = {"validate_only": "true"} if validate_only else None
-        return as_object(self._http.json("POST", "/v1/embedding-sets", json=body | fields, params=params))
+        return self._create("/v1/embedding-sets", body | fields, validate_only)
 
     def embedding_set(self, set_id: str) -> Json:
         """One embedding set: status, dimension, report."""
@@ -233,9 +232,7 @@ class Client(Connection):
     ) -> Json:
         """OpenAI's shape: vectors of class names, stored or predicted on the fly; `model`: an embedding set."""
         names = input if isinstance(input, str) else list(input)
-        body: Json = {"model": model, "input": names, "encoding_format": encoding_format}
-        if dimensions is not None:
-            body["dimensions"] = dimensions
+        body = _given(model=model, input=names, encoding_format=encoding_format, dimensions=dimensions)
         return as_object(self._http.json("POST", "/v1/embeddings", json=body))
 
     def export(self, set_id: str, path: str | Path, format: str | None = None) -> Path:
@@ -262,17 +259,17 @@ class Client(Connection):
         *,
         embedding_set_id: str | None = None,
         knowledge_id: str | None = None,
+        validate_only: bool = False,
         **fields: Any,
     ) -> Json:
         """Trains a classifier on class embeddings or on a knowledge source's own vectors: the job.
 
+        With `validate_only` nothing is trained: the memory it would hold, and every problem.
         `fields`: name, method (sje, eszsl, …), params, seen_classes, unseen_classes, backbone, dimension_names,
         dimension_knowledge_id, evaluate, seed, …
         """
-        body: Json = {"dataset_id": dataset_id, **fields}
-        source = {"embedding_set_id": embedding_set_id, "knowledge_id": knowledge_id}
-        body |= {name: value for name, value in source.items() if value is not None}
-        return as_object(self._http.json("POST", "/v1/classifiers", json=body))
+        source = _given(embedding_set_id=embedding_set_id, knowledge_id=knowledge_id)
+        return self._create("/v1/classifiers", {"dataset_id": dataset_id, **fields, **source}, validate_only)
 
     def classifier(self, classifier_id: str) -> Json:
         """One classifier with its metrics."""
@@ -290,10 +287,10 @@ class Client(Connection):
         explain: bool = False,
     ) -> Json:
         """{classifier_id, scope, gamma, data}: predictions for each image in order; default: the newest classifier."""
-        params: Json = {"scope": scope, "top_k": top_k, "explain": str(explain).lower()}
-        optional = {"classifier_id": classifier_id, "gamma": gamma, "class_names": class_names and list(class_names)}
-        params |= {name: value for name, value in optional.items() if value is not None}
-        return self._of_images("/v1/classify", images, params)
+        names = class_names and list(class_names)
+        params = _given(classifier_id=classifier_id, scope=scope, class_names=names, top_k=top_k, gamma=gamma)
+        params["explain"] = str(explain).lower()
+        return self._of_images("/v1/classify", images, params, pinned="classifier_id")
 
     def attention(
         self,
@@ -307,19 +304,18 @@ class Client(Connection):
 
         class_name: what it looks for; default: the likeliest class. top_k: dimensions to tell of.
         """
-        params: Json = {"top_k": top_k} | ({} if class_name is None else {"class_name": class_name})
+        params = _given(class_name=class_name, top_k=top_k)
         return self._of_images(f"/v1/classifiers/{classifier_id}/attention", images, params)
 
     def attention_picture(
         self, classifier_id: str, image: ImageSource, *, class_name: str | None = None, top_k: int = 8
     ) -> bytes:
         """The same of one image as a JPEG: the photo with the maps laid over it."""
-        params: Json = {"top_k": top_k} | ({} if class_name is None else {"class_name": class_name})
         name, content = named_content(image, 0)
         response = self._http.request(
             "POST",
             f"/v1/classifiers/{classifier_id}/attention",
-            params=params,
+            params=_given(class_name=class_name, top_k=top_k),
             form=Form((("images", name, content),)),
             headers={"Accept": "image/jpeg"},
         )
@@ -327,16 +323,22 @@ class Client(Connection):
 
     # ---- inside -----------------------------------------------------------------------------------
 
-    def _of_images(self, path: str, images: ImageSource | Sequence[ImageSource], params: Json) -> Json:
-        """The answers of all images in order, some of them a request."""
+    def _create(self, path: str, body: Json, validate_only: bool) -> Json:
+        params = {"validate_only": "true"} if validate_only else None
+        return as_object(self._http.json("POST", path, json=body, params=params))
+
+    def _of_images(
+        self, path: str, images: ImageSource | Sequence[ImageSource], params: Json, *, pinned: str | None = None
+    ) -> Json:
+        """The answers of all images in order, some of them a request; `pinned`: what the first answer settles."""
         sources: Sequence[ImageSource] = [images] if isinstance(images, str | Path | bytes | tuple) else images
         merged: Json = {"data": []}
         for start in range(0, len(sources), CLASSIFY_BATCH):
             named = [named_content(s, start + i) for i, s in enumerate(sources[start : start + CLASSIFY_BATCH])]
             form = Form(tuple(("images", name, content) for name, content in named))
             answer = self._http.json("POST", path, params=params, form=form)
-            if path == "/v1/classify":
-                params = {**params, "classifier_id": answer["classifier_id"]}  # the same one for all batches
+            if pinned is not None:
+                params = {**params, pinned: answer[pinned]}
             rows = [{**row, "index": start + row["index"]} for row in answer["data"]]
             merged = {**answer, "data": merged["data"] + rows}
         return merged
@@ -344,6 +346,10 @@ class Client(Connection):
     def _upload(self, dataset_id: str, images: Sequence[LabelledImage]) -> Iterator[tuple[Json, int]]:
         for form, n_files in batches(images):
             yield self._http.json("POST", f"/v1/datasets/{dataset_id}/images", form=form), n_files
+
+
+def _given(**options: Any) -> Json:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _parts(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:

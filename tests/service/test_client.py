@@ -13,7 +13,7 @@ import unseen
 from service.client import ApiError, Client, UnseenError, WaitTimeout
 from service.core.db import Database
 from service.core.tables import EmbeddingClass, EmbeddingSet, Knowledge
-from tests.service.harness import png
+from tests.service.harness import LiveApi, png
 
 
 @pytest.fixture
@@ -98,6 +98,23 @@ def test_knowledge_from_vectors_and_file_makes_jobs(client: Client, tmp_path: Pa
     with pytest.raises(UnseenError, match="Give one of"):
         client.add_knowledge("nothing")
     assert [k["name"] for k in client.list_all("knowledge")] == ["file", "inline"]
+
+
+def test_an_estimate_of_a_classifier_trains_nothing(client: Client, own_api: LiveApi) -> None:
+    vectors = {name: np.eye(3)[i] for i, name in enumerate(("cat", "dog", "zebra"))}
+    dataset_id = own_api.filled_dataset({"cat": 1, "dog": 1})
+    body = {
+        "embedding_set_id": own_api.embedding_set(vectors, unseen=("zebra",)),
+        "backbone": {"name": "small_cnn", "weights": "random"},
+    }
+    fits = client.create_classifier(dataset_id, validate_only=True, **body)
+    assert (fits["valid"], fits["n_images"]) == (True, 2)
+    assert fits["memory_bytes"] > 0
+    wrong = client.create_classifier(dataset_id, validate_only=True, method="sjee", seen_classes=["cat"], **body)
+    assert {problem["pointer"] for problem in wrong["problems"]} == {"/method", "/seen_classes"}
+    assert list(client.list_all("classifiers")) == []
+    assert list(client.list_all("jobs")) == []
+    assert client.create_classifier(dataset_id, **body)["kind"] == "train_classifier"
 
 
 def test_class_embeddings_travel_as_float32(client: Client, api_database: Database) -> None:

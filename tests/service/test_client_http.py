@@ -112,8 +112,11 @@ def test_kinds_are_told_by_content(tmp_path: Path) -> None:
     assert guess_kind(Path("att.csv")) == "class_vectors"
 
 
-def test_classify_numbers_images_over_batches() -> None:
+def test_classify_numbers_images_over_batches_of_one_classifier() -> None:
+    asked: list[str | None] = []
+
     def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.params.get("classifier_id"))
         n = request.read().count(b'name="images"')
         rows = [{"index": i, "predictions": []} for i in range(n)]
         return httpx.Response(200, json={"classifier_id": "cl_1", "scope": "all", "gamma": 0.0, "data": rows})
@@ -122,3 +125,4 @@ def test_classify_numbers_images_over_batches() -> None:
         answer = client.classify([png(i) for i in range(40)], top_k=2)
     assert [row["index"] for row in answer["data"]] == list(range(40))
     assert answer["classifier_id"] == "cl_1"
+    assert asked == [None, "cl_1"]
