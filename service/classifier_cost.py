@@ -6,10 +6,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from models.backbone_names import NETWORKS
 from models.catalog import METHODS
 from models.data.splits import validation_classes
 from models.params import BackboneParams
-from models.training_memory import NETWORKS, numbers_per_image, refusal, training_bytes
+from models.training_memory import numbers_per_image, refusal, training_bytes
 from service.core import repositories
 from service.core.classifier_inputs import earlier_validation, image_size
 from service.core.process import memory_bytes

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
+from torchvision.models.regnet import BlockParams
 
-from models.backbone_names import BACKBONE_NAMES
-from models.backbones import SpatialBackbone, create_backbone
-from models.training_memory import NETWORKS, PROCESS_BYTES, numbers_per_image, refusal, training_bytes
+from models import backbones
+from models.backbone_names import NETWORKS
+from models.backbones import SpatialBackbone, create_backbone, list_backbones
+from models.training_memory import PROCESS_BYTES, numbers_per_image, refusal, training_bytes
 
 
 def test_every_network_is_listed() -> None:
-    assert set(NETWORKS) == BACKBONE_NAMES
+    assert set(NETWORKS) == set(list_backbones())
 
 
 @pytest.mark.parametrize(
@@ -22,6 +27,35 @@ def test_numbers_of_an_image_are_the_network_s(name: str, size: int) -> None:
     backbone = create_backbone(name, weights=None)
     assert numbers_per_image(name, size, is_spatial=False) == backbone.feature_dim
     assert numbers_per_image(name, size, is_spatial=True) == SpatialBackbone(backbone, size).feature_dim
+
+
+@pytest.fixture
+def weightless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks are made on torch's meta device, which knows shapes and no numbers; what needs numbers is left out."""
+    plain = BlockParams.from_init_params
+
+    def computed(**shape: Any) -> BlockParams:
+        with torch.device("cpu"):
+            return plain(**shape)
+
+    monkeypatch.setattr(BlockParams, "from_init_params", computed)
+    monkeypatch.setattr(backbones, "_settle_batch_norm", lambda *_: None)
+    monkeypatch.setattr(backbones, "weights_digest", lambda *_: "")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    with torch.device("meta"):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_numbers_are_those_of_torchvision(name: str) -> None:
+    backbone = create_backbone(name, weights=None, device="meta")
+    size = backbone.input_size
+    assert (backbone.feature_dim, backbone.spatial_dim) == NETWORKS[name][:2]
+    assert SpatialBackbone(backbone, size).feature_dim == numbers_per_image(name, size, is_spatial=True)
+    if not backbone.fixed_size:
+        assert SpatialBackbone(backbone, 120).feature_dim <= numbers_per_image(name, 120, is_spatial=True)
 
 
 def test_maps_folds_and_copies_are_counted() -> None:
