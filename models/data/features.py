@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import IntArray
+from models.base import FloatArray, IntArray
 from models.data.feature_files import read_mat, read_npz
 from models.data.layout import MAX_SPLITS_BYTES, SPLITS_FILE, load_splits_object
 from models.data.splits import ClassSplit, choose_validation_classes, list_names
@@ -314,7 +314,18 @@ def _check_features(features: NDArray[np.float32], labels: Rows, class_names: tu
             f"are outside the {len(class_names)} classes.",
             field="labels",
         )
-    _refuse_non_finite(features, "features")
+    _refuse_unusable(features, "features")
+
+
+def refuse_overflow(matrix: FloatArray, key: str) -> None:
+    """InvalidInput where squares of the numbers, which must be finite, would overflow."""
+    reach = max(matrix.max(), -matrix.min())
+    if reach > LARGEST_FEATURE:
+        raise InvalidInput(
+            f"{key} holds numbers as large as {reach:.0e}, and their squares would overflow. "
+            f"Scale them to below {LARGEST_FEATURE:.0e}.",
+            field=key,
+        )
 
 
 def _refuse_twice(class_names: tuple[str, ...]) -> None:
@@ -322,7 +333,7 @@ def _refuse_twice(class_names: tuple[str, ...]) -> None:
         raise InvalidInput("class_names holds a name twice. Name each class once.", field="class_names")
 
 
-def _refuse_non_finite(matrix: NDArray[np.float32], key: str) -> None:
+def _refuse_unusable(matrix: NDArray[np.float32], key: str) -> None:
     step = 8192  # a mask of the whole matrix would need a quarter of its memory again
     bad = np.concatenate(
         [
@@ -330,17 +341,13 @@ def _refuse_non_finite(matrix: NDArray[np.float32], key: str) -> None:
             for start in range(0, len(matrix), step)
         ]
     )
-    if not bad.size and max(matrix.max(), -matrix.min()) > LARGEST_FEATURE:
-        raise InvalidInput(
-            f"{key} reaches {max(matrix.max(), -matrix.min()):.0e}, and squares of it would overflow. Scale it down.",
-            field=key,
-        )
     if bad.size:
         shown = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
         raise InvalidInput(
             f"{key} holds NaN or infinite numbers in {bad.size} row(s), counted from 0: {shown}. Repair them.",
             field=key,
         )
+    refuse_overflow(matrix, key)
 
 
 def _check_rows(dataset: FeatureDataset) -> None:
@@ -374,4 +381,4 @@ def _check_class_embeddings(dataset: FeatureDataset) -> None:
         )
     if names is not None and len(names) != matrix.shape[1]:
         raise ShapeMismatch(f"There are {len(names)} names for {matrix.shape[1]} columns of class_embeddings.")
-    _refuse_non_finite(matrix, "class_embeddings")
+    _refuse_unusable(matrix, "class_embeddings")

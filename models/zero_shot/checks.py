@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from models.base import FloatArray, IntArray, LabelledFeatures
-from models.data.features import LARGEST_FEATURE
+from models.data.features import LARGEST_FEATURE, refuse_overflow
 from models.errors import InvalidInput, ShapeMismatch, TooFewSamples
 from models.zero_shot.scaling import unit_rows
 
@@ -26,11 +26,7 @@ def checked(features: LabelledFeatures, class_embeddings: FloatArray) -> tuple[F
         raise ShapeMismatch(f"features {raw.shape} hold no numbers of an image. Give at least one column.")
     if not np.isfinite(raw).all():
         raise InvalidInput("The training features hold NaN or infinite values. Remove or repair those rows.")
-    if max(raw.max(), -raw.min()) > LARGEST_FEATURE:
-        raise InvalidInput(
-            f"The training features reach {max(raw.max(), -raw.min()):.0e}, and their squares would overflow. "
-            f"Scale them to below {LARGEST_FEATURE:.0e}."
-        )
+    refuse_overflow(raw, "features")
     if labels.dtype.kind not in "ui":
         raise InvalidInput(f"Labels must be whole numbers, not {labels.dtype}.")
     if labels.min() < 0 or labels.max() >= len(features.class_names):
