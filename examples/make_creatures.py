@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from models.data.creatures import (  # noqa: E402
+from models.data.creatures import (  # noqa: E402 - found by the line above
     ATTRIBUTE_NAMES,
     SEEN,
     UNSEEN,

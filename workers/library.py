@@ -98,8 +98,7 @@ class Library:
             raise Conflict(f"Embedding set {set_id!r} is {row.status}.")
         embedder: ClassEmbedder = self._cache.get(f"embedder:{set_id}", lambda: self._open_embedder(set_id))
         if relation is not None and relation != embedder.relation:
-            # A plain string to mypy; the API's schema has let only names of relations through.
-            embedder = dataclasses.replace(embedder, relation=relation)  # type: ignore[arg-type]
+            embedder = dataclasses.replace(embedder, relation=relation)  # type: ignore[arg-type]  # the API checked it
         lookup = self.lookup(row.knowledge_id, names)
         vectors, relations = embedder.embed(require(lookup, field="class_names"))
         return [

@@ -104,7 +104,7 @@ class _PatchEmbedding(ABC):
         found: FloatArray = np.asarray(means, dtype=np.float32)
         return found
 
-    def _learn(self, features: FloatArray, on_progress: OnProgress) -> None:  # noqa: B027 (nothing to learn is fine)
+    def _learn(self, features: FloatArray, on_progress: OnProgress) -> None:  # noqa: B027 - nothing to learn is fine
         """Whatever `_embed` needs."""
 
     @abstractmethod
@@ -114,7 +114,7 @@ class _PatchEmbedding(ABC):
     def _state(self) -> dict[str, FloatArray]:
         return {}
 
-    def _restore(self, state: dict[str, FloatArray]) -> None:  # noqa: B027 (nothing to restore is fine)
+    def _restore(self, state: dict[str, FloatArray]) -> None:  # noqa: B027 - nothing to restore is fine
         """Takes back what `_state` gave."""
 
 

@@ -61,8 +61,7 @@ def segment(image: NDArray[np.uint8], n_segments: int, compactness: float) -> ND
     height, width = image.shape[:2]
     gradient = sobel(rgb2gray(image))  # type: ignore[no-untyped-call]  # scikit-image has no types
     n_markers = min(n_segments, height * width)
-    # Scikit-image has no types.
-    labels = watershed(gradient, markers=n_markers, compactness=compactness)  # type: ignore[no-untyped-call]
+    labels = watershed(gradient, markers=n_markers, compactness=compactness)  # type: ignore[no-untyped-call]  # as above
     return np.asarray(labels, dtype=np.int32)
 
 

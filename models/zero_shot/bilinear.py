@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.zero_shot.gradient import GradientModel
+from models.zero_shot.gradient import BatchModel
 
 INITIAL_WEIGHT = 0.02
 """Standard deviation of W's start, as in VGSE's code."""
@@ -27,7 +27,7 @@ class Bilinear(nn.Module):
         return projected if self.bias is None else projected + self.bias
 
 
-class BilinearModel(GradientModel):
+class BilinearModel(BatchModel):
     """score(x, y) = x^T W phi(y); a method adds its loss."""
 
     network: Bilinear

@@ -24,14 +24,14 @@ from models.classifier_params import CMTParams
 from models.params import Params
 from models.zero_shot.base import History, Setting
 from models.zero_shot.folds import Rows
-from models.zero_shot.gradient import GradientModel
+from models.zero_shot.gradient import BatchModel
 from models.zero_shot.layers import linear
 
 SAME = 1 - 1e-6
 """Cosine from which two unit embeddings are one; float32 rounding stays far below the difference."""
 
 
-class CMT(GradientModel):
+class CMT(BatchModel):
     """Two-layer regression; scores are minus the squared distance, parted by novelty if the parameters ask for it."""
 
     method: ClassVar[str] = "cmt"

@@ -33,7 +33,7 @@ class TrainingData:
 
 
 class GradientModel(EpochModel):
-    """Trains a network with Adam on batches of a loss."""
+    """Trains a network with Adam on the loss of each step's rows."""
 
     params: GradientParams
 
@@ -43,13 +43,9 @@ class GradientModel(EpochModel):
     def _score(self, features: Tensor, embeddings: Tensor) -> Tensor:
         """Scores (B, C) of scaled features (B, D) with unit embeddings (C, E)."""
 
-    def _loss(self, features: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
-        """Mean loss of a batch: features (B, D), labels (B,), unit embeddings (C, E)."""
-        raise NotImplementedError(f"{type(self).__name__} needs _loss or _objective")
-
+    @abstractmethod
     def _objective(self, data: TrainingData) -> Callable[[Tensor], Tensor]:
-        """The loss as a function of a step's row numbers; a method that needs more than its batch writes this."""
-        return lambda rows: self._loss(data.features[rows], data.labels[rows], data.embeddings)
+        """The loss as a function of a step's row numbers."""
 
     def _optimizer(self) -> torch.optim.Optimizer:
         params = self.params
@@ -68,7 +64,7 @@ class GradientModel(EpochModel):
         train: Rows,
         run: Run,
         epochs: int,
-        on_progress: OnProgress,  # noqa: ARG002  # nothing comes first
+        on_progress: OnProgress,  # noqa: ARG002 - nothing comes first
     ) -> Iterator[dict[str, float]]:
         generator = torch.Generator().manual_seed(self.seed)
         features, labels, embeddings = (
@@ -96,3 +92,14 @@ class GradientModel(EpochModel):
             scores = self._score(rows, torch.from_numpy(np.ascontiguousarray(embeddings)).to(self.device))
         result: FloatArray = scores.cpu().numpy()
         return result
+
+
+class BatchModel(GradientModel):
+    """One whose loss needs no more than the images of the step."""
+
+    @abstractmethod
+    def _loss(self, features: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
+        """Mean loss of a batch: features (B, D), labels (B,), unit embeddings (C, E)."""
+
+    def _objective(self, data: TrainingData) -> Callable[[Tensor], Tensor]:
+        return lambda rows: self._loss(data.features[rows], data.labels[rows], data.embeddings)

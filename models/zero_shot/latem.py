@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.classifier_params import LATEMParams
 from models.params import Params
 from models.zero_shot.bilinear import INITIAL_WEIGHT, violations
-from models.zero_shot.gradient import GradientModel
+from models.zero_shot.gradient import BatchModel
 
 
 class LatentMaps(nn.Module):
@@ -33,7 +33,7 @@ class LatentMaps(nn.Module):
         return features @ self.weight @ embeddings.T
 
 
-class LATEM(GradientModel):
+class LATEM(BatchModel):
     """Piecewise-linear compatibility; scores are F."""
 
     method: ClassVar[str] = "latem"
