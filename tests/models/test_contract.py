@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,9 +274,9 @@ def test_inputs_are_never_changed(name: str) -> None:
 def test_bad_training_input_is_refused_with_the_reason(name: str) -> None:
     train, embeddings = DATA.train, DATA.seen_embeddings
 
-    def refused(error: type[Exception], match: str, train: LabelledFeatures, rows: object, **more: object) -> None:
+    def refused(error: type[Exception], match: str, train: LabelledFeatures, rows: Any, **more: Any) -> None:
         with pytest.raises(error, match=match):
-            create_classifier(name).fit(train, rows, **more)  # type: ignore[arg-type]
+            create_classifier(name).fit(train, rows, **more)
 
     refused(ShapeMismatch, "11 class embeddings for 12", train, embeddings[:11])
     refused(ShapeMismatch, r"\(12,\)", train, embeddings[:, 0])

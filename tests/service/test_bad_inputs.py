@@ -172,7 +172,8 @@ def test_folds_that_let_ten_classes_take_a_turn_are_counted(live_api: LiveApi, m
 
     def copies(**changes: Any) -> float:
         answer = live_api.client.post("/v1/classifiers?validate_only=true", json=body | changes)
-        return (checked(answer, ClassifierEstimate)["memory_bytes"] - PROCESS_BYTES) / (4 * 256 * len(names))
+        needed = int(checked(answer, ClassifierEstimate)["memory_bytes"])
+        return (needed - PROCESS_BYTES) / (4 * 256 * len(names))
 
     assert copies() == 1 + 5 + 1  # two of twelve are chosen, so five groups take a turn
     assert copies(params={"folds": 1}) == 1 + 1 + 1

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.bench import Results, run, write_tables
+from service import bench
+from service.bench import Results, write_tables
 from service.bench_plan import BenchSpec, cell_key, cells, read_spec
 from service.client import UnseenError
 
@@ -100,9 +101,14 @@ def spec_of(folder: Path, text: str = PLAN) -> BenchSpec:
     return read_spec(path)
 
 
+def run(client: Any, spec: BenchSpec, data: Path, results: Results) -> int:
+    """The plan, with a client that stands in for the real one."""
+    return bench.run(client, spec, data, results)
+
+
 def test_all_cells_are_measured_once_with_their_settings(data: Path) -> None:
     spec, client, results = spec_of(data), FakeClient(), Results(data / "out")
-    assert run(client, spec, data, results) == 0  # type: ignore[arg-type]
+    assert run(client, spec, data, results) == 0
     assert len(client.asked) == len(list(cells(spec, data))) == 3 * 2 * 2 * 2
     assert len(client.sets) == 3 * 2  # both classifiers share an embedding set
     assert client.sets[0]["params"] == {"seed": 0, "validation_classes": ["b"], "clustering": {"epochs": 3}}
@@ -120,7 +126,7 @@ def test_all_cells_are_measured_once_with_their_settings(data: Path) -> None:
 def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_dimensions(data: Path) -> None:
     asked = "{method: sc_egg, datasets: [fish], dimension_words: words.txt}"
     spec, client, results = spec_of(data, PLAN.replace("{method: sje}", asked)), FakeClient(), Results(data / "out")
-    run(client, spec, data, results)  # type: ignore[arg-type]
+    run(client, spec, data, results)
     assert len(client.asked) == 2 * 2 + 3 * 2 * 2
     of_fish = [row for row in client.asked if row["method"] == "sc_egg"]
     assert {row["dataset"] for row in of_fish} == {"ds_fish"}
@@ -137,20 +143,20 @@ def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_di
 def test_a_second_run_measures_only_what_is_missing_or_failed_or_changed(data: Path) -> None:
     spec, client = spec_of(data), FakeClient()
     client.refuses = "eszsl"
-    assert run(client, spec, data, Results(data / "out")) == 12  # type: ignore[arg-type]
+    assert run(client, spec, data, Results(data / "out")) == 12
     again = FakeClient()
-    assert run(again, spec, data, Results(data / "out")) == 0  # type: ignore[arg-type]
+    assert run(again, spec, data, Results(data / "out")) == 0
     assert {row["method"] for row in again.asked} == {"eszsl"}
     changed = spec_of(data, PLAN.replace("gamma: 1", "gamma: 2"))
     third = FakeClient()
-    run(third, changed, data, Results(data / "out"))  # type: ignore[arg-type]
+    run(third, changed, data, Results(data / "out"))
     assert [row["params"] for row in third.asked] == [{"gamma": 2}] * 12
 
 
 def test_tables_show_mean_and_spread_what_failed_and_the_papers_numbers(data: Path) -> None:
     spec, client, results = spec_of(data), FakeClient(), Results(data / "out")
     client.refuses = "eszsl"
-    run(client, spec, data, results)  # type: ignore[arg-type]
+    run(client, spec, data, results)
     text = write_tables(spec, data, results, PAPER)
     t1, h = text.split("**H, %**")
     assert "| | birds, attributes | birds, words | fish, attributes |" in t1
@@ -195,7 +201,7 @@ def test_features_without_their_archive_say_what_to_fetch(data: Path) -> None:
     spec = spec_of(data, "title: t\ndatasets: {AWA2: }\nclassifiers: {SJE: {method: sje}}\nseeds: [0]")
     results = Results(data / "out")
     assert [cell.knowledge for cell in cells(spec, data)] == ["att"]
-    assert run(FakeClient(), spec, data, results) == 1  # type: ignore[arg-type]
+    assert run(FakeClient(), spec, data, results) == 1
     assert "xlsa17.zip" in next(iter(results.rows.values()))["error"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_knowledge_from_vectors_and_file_makes_jobs(client: Client, tmp_path: Pa
 def test_an_estimate_of_a_classifier_trains_nothing(client: Client, own_api: LiveApi) -> None:
     vectors = {name: np.eye(3)[i] for i, name in enumerate(("cat", "dog", "zebra"))}
     dataset_id = own_api.filled_dataset({"cat": 1, "dog": 1})
-    body = {
+    body: dict[str, Any] = {
         "embedding_set_id": own_api.embedding_set(vectors, unseen=("zebra",)),
         "backbone": {"name": "small_cnn", "weights": "random"},
     }

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -147,8 +148,8 @@ def test_a_locked_database_answers_503(start_api: Callable[..., LiveApi], tmp_pa
         pytest.skip("only SQLite has one lock for all")
     engine.dispose()
 
-    def impatient(connection: object, _record: object) -> None:
-        connection.execute("PRAGMA busy_timeout=100")  # type: ignore[attr-defined]
+    def impatient(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA busy_timeout=100")
 
     from sqlalchemy import event
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,14 @@ def parts(value: tuple[str, int]) -> dict[int, int]:
     return {hash(value[0]): value[1]}
 
 
+def thirty(key: str) -> Callable[[], tuple[str, int]]:
+    return lambda: (key, 30)
+
+
 def test_least_recently_used_goes_first_and_only_when_needed() -> None:
     cache: ModelCache[tuple[str, int]] = ModelCache(100, parts)
     for key in "abc":
-        cache.get(key, lambda key=key: (key, 30))  # type: ignore[misc]
+        cache.get(key, thirty(key))
     cache.get("a", lambda: pytest.fail("held already"))
     cache.get("d", lambda: ("d", 30))
     assert cache.names() == ["c", "a", "d"]
@@ -71,7 +77,8 @@ def test_bytes_are_measured() -> None:
             self.table = np.zeros(2)
             self.name = "x"
 
-    backbone, classifier = Holder(), Holder()
+    backbone: Any = Holder()
+    classifier: Any = Holder()
     table = np.zeros((2, 3), np.float32)
-    resident = Resident(classifier, backbone, 8, ("a", "b"), table, np.zeros(2, np.bool_), 0.0, 1.0)  # type: ignore[arg-type]
+    resident = Resident(classifier, backbone, 8, ("a", "b"), table, np.zeros(2, np.bool_), 0.0, 1.0)
     assert sorted(resident_parts(resident).values()) == [24, 72, 72]

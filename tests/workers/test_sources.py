@@ -16,6 +16,8 @@ from service.core.tables import Knowledge
 from workers import sources
 from workers.sources import describe_text_encoder, open_knowledge
 
+NO_STORE: Any = None
+"""Text encoders have no files."""
 Opened = list[tuple[str, Path | None]]
 
 
@@ -45,17 +47,17 @@ def test_a_row_says_which_model_it_was(opened: Opened, tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, device="cpu")
     dim, summary = describe_text_encoder("some-model", "a {}", settings)
     assert (dim, summary["model"], summary["template"]) == (64, "some-model", "a {}")
-    source = open_knowledge(row(summary), None, settings)  # type: ignore[arg-type]
+    source = open_knowledge(row(summary), NO_STORE, settings)
     assert isinstance(source, TextEncoder)
     assert source.template == "a {}"
-    assert open_knowledge(row({"model": "m", "template": "{}"}), None, settings).dim == 64  # type: ignore[arg-type]
+    assert open_knowledge(row({"model": "m", "template": "{}"}), NO_STORE, settings).dim == 64
 
 
 def test_another_model_in_its_place_is_refused(opened: Opened, tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, device="cpu")
     _, summary = describe_text_encoder("some-model", "{}", settings)
     with pytest.raises(Conflict, match="'another' has changed since knowledge 'kn_1' was made"):
-        open_knowledge(row(summary | {"model": "another"}), None, settings)  # type: ignore[arg-type]
+        open_knowledge(row(summary | {"model": "another"}), NO_STORE, settings)
 
 
 def test_a_model_that_lacks_weights_is_refused(opened: Opened, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_chunks_change_neither_features_nor_gradients(budget: int, monkeypatch: 
     gradients = []
     for chunk in (7, 1000):
         rows = BackboneRows(TrainableBackbone(backbone.module, backbone.read_patches, chunk=chunk), np.arange(40) * 2)
-        rows.rows(torch.arange(40)).square().sum().backward()  # type: ignore[no-untyped-call]
+        rows.rows(torch.arange(40)).square().sum().backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         gradients.append([parameter.grad for parameter in rows.module.parameters()])
     for small, large in zip(*gradients, strict=True):
         torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_entropy_loss_is_least_when_clusters_are_used_evenly() -> None:
     assert entropy_loss(torch.eye(6)).item() == pytest.approx(-math.log(6), rel=1e-6)
     one_cluster = torch.eye(6)[[0] * 6].requires_grad_()
     loss = entropy_loss(one_cluster)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
     assert loss.item() == 0
     assert one_cluster.grad is not None
     assert one_cluster.grad.isfinite().all()
@@ -65,14 +66,20 @@ def test_semantic_loss_is_equation_5(squared: bool) -> None:
 
 def test_semantic_loss_has_a_gradient_at_a_perfect_prediction() -> None:
     predicted = torch.ones(2, 3, requires_grad=True)
-    semantic_loss(predicted, torch.ones(2, 3)).backward()  # type: ignore[no-untyped-call]
+    semantic_loss(predicted, torch.ones(2, 3)).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
     assert predicted.grad is not None
     assert predicted.grad.isfinite().all()
 
 
-def _heads(seed: int = 0, **changes: object) -> ClusterHeads:
-    settings = {"n_clusters": 5, "n_classes": 3, "knowledge_dim": 2, "head_input": "assignment", **changes}
-    return seeded_heads(torch.full((4,), 2.0), torch.full((4,), 3.0), seed=seed, **settings)  # type: ignore[arg-type]
+def _heads(seed: int = 0, **changes: Any) -> ClusterHeads:
+    settings: dict[str, Any] = {
+        "n_clusters": 5,
+        "n_classes": 3,
+        "knowledge_dim": 2,
+        "head_input": "assignment",
+        **changes,
+    }
+    return seeded_heads(torch.full((4,), 2.0), torch.full((4,), 3.0), seed=seed, **settings)
 
 
 def test_heads_standardise_and_follow_equation_1() -> None:

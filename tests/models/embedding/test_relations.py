@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import clarabel
 import numpy as np
 import pytest
@@ -213,21 +215,21 @@ class TestWeightedAverage:
 class TestBadKnowledge:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("side", [0, 1])
-    def test_not_a_number(self, solve, bad: float, side: int) -> None:  # type: ignore[no-untyped-def]
+    def test_not_a_number(self, solve: Any, bad: float, side: int) -> None:
         pair = [np.eye(3), np.eye(3)]
         pair[side][1, 2] = bad
         with pytest.raises(InvalidInput, match=r"Row 1 of knowledge_.*NaN or infinity"):
             solve(*pair)
 
-    def test_zero_vector(self, solve) -> None:  # type: ignore[no-untyped-def]
+    def test_zero_vector(self, solve: Any) -> None:
         with pytest.raises(InvalidInput, match="Row 2 of knowledge_seen is all zeros"):
             solve(np.eye(3), np.diag([1.0, 1.0, 0.0]))
 
-    def test_widths_that_disagree(self, solve) -> None:  # type: ignore[no-untyped-def]
+    def test_widths_that_disagree(self, solve: Any) -> None:
         with pytest.raises(ShapeMismatch, match="3 knowledge dimensions and seen classes 4"):
             solve(np.eye(3), np.eye(4))
 
-    def test_no_seen_class_or_one_axis(self, solve) -> None:  # type: ignore[no-untyped-def]
+    def test_no_seen_class_or_one_axis(self, solve: Any) -> None:
         with pytest.raises(ShapeMismatch, match="knowledge_seen has shape"):
             solve(np.eye(3), np.zeros((0, 3)))
         with pytest.raises(ShapeMismatch, match="knowledge_unseen has shape"):

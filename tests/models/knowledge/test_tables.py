@@ -280,7 +280,7 @@ def test_unknown_endings_and_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"\.xlsx"):
         read_class_table(write(tmp_path / "a.xlsx", b"x"), "attributes")
     with pytest.raises(InvalidInput, match="kind"):
-        class_table("word_vectors", NAMES, VECTORS)  # type: ignore[arg-type]
+        class_table("word_vectors", NAMES, VECTORS)  # type: ignore[arg-type]  # which is the point
 
 
 def test_a_saved_table_comes_back_the_same(tmp_path: Path) -> None:

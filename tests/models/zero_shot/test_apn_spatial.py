@@ -228,7 +228,9 @@ def test_attention_is_where_the_prototypes_of_the_class_answer() -> None:
 
 def test_the_tail_learns_after_the_warm_up_and_only_then() -> None:
     data = photos()
-    start = {name: tensor.numpy() for name, tensor in photos().train.tail.state_dict().items()}  # type: ignore[union-attr]
+    tail = photos().train.tail
+    assert tail is not None
+    start = {name: tensor.numpy() for name, tensor in tail.state_dict().items()}
     for epochs, is_changed in ((3, False), (5, True)):
         settings = params(**{**TUNED, "epochs": epochs, "warmup_epochs": 3, "early_stopping": False})
         state = APNSpatial(settings).fit(data.train, data.seen_embeddings)._state()

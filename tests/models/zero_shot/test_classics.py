@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.parametrize("method", [SAE, ConSE, SynC, DAP, IAP, SSE]
 VALIDATION = ("class 2", "class 3", "class 4")
 
 
-def fit(method: type[ZeroShotModel], data: MadeUp, **more: object) -> ZeroShotModel:
-    return method().fit(data.train, data.seen_embeddings, **more)  # type: ignore[arg-type]
+def fit(method: type[ZeroShotModel], data: MadeUp, **more: Any) -> ZeroShotModel:
+    return method().fit(data.train, data.seen_embeddings, **more)
 
 
 def t1(model: ZeroShotModel, data: MadeUp, embeddings: FloatArray | None = None) -> float:

@@ -60,7 +60,7 @@ def test_club_is_the_plain_double_loop() -> None:
     for z, y in zip(residual, LABELS.tolist(), strict=True):
         mean, log_variance = guess.network(z).detach().chunk(2)
         density = torch.distributions.Normal(mean, (log_variance.tanh() / 2).exp())
-        likelihoods = [float(density.log_prob(a).sum()) for a in scaled]  # type: ignore[no-untyped-call]
+        likelihoods = [float(density.log_prob(a).sum()) for a in scaled]  # type: ignore[no-untyped-call]  # torch gives it no types
         total += likelihoods[y] - sum(likelihoods) / 3
     assert club(guess, residual, LABELS, embeddings).item() == pytest.approx(total / 5, rel=1e-4)
 

@@ -108,7 +108,7 @@ def test_it_is_the_loss_that_makes_a_method_recognise_unseen_classes(name: str) 
             loss = objective(training)
             return lambda rows: factor * loss(rows)
 
-        model._objective = scaled  # type: ignore[method-assign]
+        model._objective = scaled  # type: ignore[assignment]  # in place of its own
         scores = model.fit(data.train, data.seen_embeddings).scores(data.unseen.features, data.unseen_embeddings)
         return mean_per_class_accuracy(scores.argmax(axis=1), data.unseen.labels, range(8))
 

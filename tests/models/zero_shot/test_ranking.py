@@ -96,12 +96,12 @@ def test_latem_takes_the_best_map_for_each_image_and_class() -> None:
 
 def test_latem_gradient_reaches_the_chosen_map_alone() -> None:
     model = LATEM(LATEMParams(n_maps=2))
-    model.network = model._make_network(2, 2, torch.Generator().manual_seed(0))  # type: ignore[assignment]
+    model.network = model._make_network(2, 2, torch.Generator().manual_seed(0))  # type: ignore[assignment]  # its own kind
     with torch.no_grad():
         model.network.weight.copy_(torch.stack([torch.eye(2), -torch.eye(2)]))
     # Class 0 is best under map 0, class 1 under map 1; the image of class 0 violates by margin + 1 - 1.
     features, embeddings = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    model._loss(features, torch.tensor([0]), embeddings).backward()  # type: ignore[no-untyped-call]
+    model._loss(features, torch.tensor([0]), embeddings).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
     gradient = model.network.weight.grad
     assert gradient is not None
     assert gradient[0].tolist() == [[-1, 0], [0, 0]]  # W_0 gains x phi(y_n)^T

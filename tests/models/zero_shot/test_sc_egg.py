@@ -153,7 +153,7 @@ def test_code_s_second_stage_trains_the_new_classifier_alone() -> None:
 def test_local_embedding_is_still_in_stage_2() -> None:
     params = small()
     net, rows = network(params), data()
-    consistency_loss(net, params, rows.features, rows.embeddings).backward()  # type: ignore[no-untyped-call]
+    consistency_loss(net, params, rows.features, rows.embeddings).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
     assert net.vectors.grad is net.attend.grad is net.embed.grad is None
     assert net.squeeze.weight.grad is not None
 

@@ -99,7 +99,7 @@ def test_a_malformed_key_is_refused(key: str, any_store: ArtifactStore) -> None:
 def test_a_download_is_verified(tmp_path: Path) -> None:
     store = ArtifactStore(f"memory://{tmp_path.name}", tmp_path / "cache")
     key = store.put_bytes(b"right")
-    store._backend.fs.pipe_file(f"/{tmp_path.name}/{key}", b"wrong")  # type: ignore[attr-defined]
+    store._backend.fs.pipe_file(f"/{tmp_path.name}/{key}", b"wrong")  # type: ignore[attr-defined]  # fsspec's
     with pytest.raises(Unavailable):
         store.local_path(key)
     assert not list((tmp_path / "cache").rglob("*.*"))

@@ -144,7 +144,7 @@ def test_a_store_that_tells_no_times_is_left_alone(
     def modified(path: str) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(store._backend.fs, "modified", modified)  # type: ignore[attr-defined]
+    monkeypatch.setattr(store._backend.fs, "modified", modified)  # type: ignore[attr-defined]  # fsspec's
     clock.now += 10 * DAY_S
     assert Collector(database, store, settings, clock).step() == 0
     assert keys(store) == {key}
