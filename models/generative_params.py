@@ -193,7 +193,7 @@ class SEGZSLParams(GANParams):
     decomposition_epochs: int = Field(
         20, ge=1, le=10_000, description="Epochs of the encoders, which are trained first, of steps_per_epoch each."
     )
-    decomposition_learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size for them.")
+    decomposition_learning_rate: float = Field(1e-4, gt=0, le=10, description="Adam's step size for them.")
     images_per_class: int = Field(
         8, ge=1, le=4096, description="Images of each class in a step of the encoders: L_sim needs several."
     )
@@ -210,7 +210,9 @@ class SEGZSLParams(GANParams):
     use_similarity: bool = Field(True, description="L_sim, and its part in the generator's loss (table 3).")
     similarity_weight: float = Field(1.0, ge=0, le=1e4, description="lambda_sim, weight of L_sim (Eq. 11).")
     residual_encoder: bool = Field(True, description="A residual feature beside the semantic one (table 4).")
-    generator_information_weight: float = Field(1.0, ge=0, le=1e4, description="lambda_G,MI (Eq. 16).")
+    generator_information_weight: float = Field(
+        0.01, ge=0, le=1e4, description="lambda_G,MI (Eq. 16); the paper: 1, which the generator learns to flatter."
+    )
     generator_similarity_weight: float = Field(0.025, ge=0, le=1e4, description="lambda_G,sim (Eq. 16).")
     representation: Literal["semantic", "image"] = Field(
         "semantic", description="What the final classifier sees: semantic features, or whole image features (table 1)."
