@@ -23,7 +23,7 @@ class GenerativeParams(EpochParams):
     steps_per_epoch: int = Field(
         25, ge=1, le=100_000, description="Steps of the generator after which the epoch counts as over."
     )
-    patience: int = Field(10, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
+    patience: int = Field(6, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
     batch_size: int = Field(128, ge=2, le=65_536, description="Images a step.")
     learning_rate: float = Field(
         5e-4, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 3e-3, log=True)
@@ -85,6 +85,9 @@ class FCLSWGANParams(GANParams):
 class FVAEGANParams(GANParams):
     """Feature-generating VAE and GAN with one decoder, inductive."""
 
+    learning_rate: float = Field(
+        2e-3, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 1e-2, log=True)
+    )
     gan_weight: float = Field(
         10.0,
         ge=0,
@@ -106,7 +109,7 @@ class TFVAEGANParams(FVAEGANParams):
     )
     feedback_weight: float = Field(1.0, ge=0, le=100, description="delta, weight of the feedback in training; 0: none.")
     synthesis_feedback_weight: float = Field(1.0, ge=0, le=100, description="The same when features are generated.")
-    feedback_learning_rate: float = Field(1e-4, gt=0, le=10, description="Adam's step size for the feedback module.")
+    feedback_learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size for the feedback module.")
     enhanced: bool = Field(
         True, description="Final classifier on features with their decoded embedding and the decoder's hidden units."
     )
@@ -151,6 +154,7 @@ class CADAVAEParams(GenerativeParams):
 
     epochs: int = Field(60, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
     steps_per_epoch: int = Field(50, ge=1, le=100_000, description="Steps after which the epoch counts as over.")
+    patience: int = Field(10, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
     batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's (amsgrad) step size; the code: 0.00015.")
     center_embeddings: bool = Field(
