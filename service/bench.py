@@ -16,12 +16,14 @@ import numpy as np
 from rich.markup import escape
 
 from service.bench_plan import (
+    BEST_ON_TEST,
     BenchSpec,
     Cell,
     cell_key,
     cells,
     dataset_folder,
     dataset_spec,
+    full_params,
     knowledge_files,
     photos_folder,
 )
@@ -30,7 +32,9 @@ from service.client import Client, UnseenError
 from service.client_http import Json
 from service.client_uploads import guess_kind
 
-METRICS = {"t1": "T1", "u": "U", "s": "S", "h": "H", "ausuc": "AUSUC"}
+METRICS = {"t1": "T1", "u": "U", "s": "S", "h": "H", "ausuc": "AUSUC"} | {
+    name: f"{measure.upper()} of the epoch best on test rows (not a result)" for name, measure in BEST_ON_TEST.items()
+}
 RESULTS_FILE = "results.json"
 
 
@@ -147,6 +151,8 @@ class Runner:
         }
         if (words := classifier.dimension_words) is not None:
             request["dimension_knowledge_id"] = dataset.knowledge(words, self._data / words)
+        if "epochs" in full_params(classifier) and set(BEST_ON_TEST) & set(self._spec.metrics):
+            request["best_on_test"] = True
         if dataset.spec.image_size is not None:
             request["image_size"] = dataset.spec.image_size
         relation = None
@@ -160,10 +166,11 @@ class Runner:
         job = self._client.wait(self._client.create_classifier(dataset.dataset_id, **request))
         row = self._client.classifier(job["resource"]["id"])
         metrics = row["metrics"]
-        chosen = (relation or {}).get("chosen") or {}
+        chosen, best = (relation or {}).get("chosen") or {}, metrics.get("best_on_test", {})
         return {
             "t1": metrics["zsl"]["t1"],
             **{name: metrics["gzsl"][name] for name in ("u", "s", "h", "ausuc") if name in metrics["gzsl"]},
+            **{name: best[of]["value"] for name, of in BEST_ON_TEST.items() if of in best},
             "validation": {name: metrics["validation"].get(name) for name in ("t1", "h", "setting")},
             "best_epoch": metrics["best_epoch"],
             "relation": relation and {"name": relation["name"], **relation["params"]},

@@ -12,8 +12,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.catalog import get_method
+from models.errors import UnknownName
 from service.client import UnseenError
 from service.client_http import Json
+
+BEST_ON_TEST = {"t1_best_on_test": "t1", "h_best_on_test": "h"}
+"""Metric of a plan -> the measure whose best epoch on test rows it is."""
 
 
 class _Part(BaseModel):
@@ -145,15 +150,25 @@ def cells(spec: BenchSpec, data: Path) -> Iterator[Cell]:
                             yield Cell(name, source, embedding, classifier, seed)
 
 
+def full_params(classifier: ClassifierSpec) -> Json:
+    """All parameters of the classifier, defaults too; those of the file where the service will refuse them."""
+    try:
+        return (
+            get_method(classifier.method, "classifier").params.model_validate(classifier.params).model_dump(mode="json")
+        )
+    except (UnknownName, ValidationError):
+        return classifier.params
+
+
 def cell_key(spec: BenchSpec, cell: Cell) -> str:
     """Names of the cell, and a digest of all settings behind them: changed settings are measured anew."""
-    dataset, params = dataset_spec(spec, cell.dataset), spec.classifiers[cell.classifier].params
+    dataset, classifier = dataset_spec(spec, cell.dataset), spec.classifiers[cell.classifier]
     settings = [
         dataset.backbone,
         dataset.image_size,
         spec.embeddings[cell.embedding],
-        # What was measured before these two were known stays as it is.
-        spec.classifiers[cell.classifier].model_dump(exclude={"datasets"}, exclude_defaults=True) | {"params": params},
+        [classifier.method, full_params(classifier), classifier.dimension_words],
+        bool(set(BEST_ON_TEST) & set(spec.metrics)),
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return "|".join([cell.dataset, cell.knowledge, cell.embedding, cell.classifier, str(cell.seed), digest])

@@ -307,6 +307,11 @@ class ClassifierCreate(Body):
     scratch: ScratchParams | None = Field(None, description="How a backbone with weights=scratch is trained.")
     image_size: int | None = Field(None, ge=16, le=1024, description="Side images are resized to; default: the set's.")
     evaluate: bool = Field(True, description="Measure T1 and U, S, H on the dataset's test rows.")
+    best_on_test: bool = Field(
+        False,
+        description="Train a second time, through all epochs, and report the best one on test rows beside the results, "
+        "as several papers' code does. Nothing is chosen by it.",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.base import FloatArray, OnProgress, Progress
+from models.base import FloatArray, LabelledFeatures, OnProgress, Progress, ignore_progress
 from models.classifier_params import EpochParams
 from models.errors import ShapeMismatch
 from models.zero_shot.base import History, Setting, ZeroShotModel
-from models.zero_shot.checkpoints import Run
+from models.zero_shot.checkpoints import Run, Tape
+from models.zero_shot.checks import checked
 from models.zero_shot.folds import Rows
 from models.zero_shot.scaling import Scaling
 
@@ -58,6 +60,36 @@ class EpochModel(ZeroShotModel):
 
         self._follow(train, run, epochs, on_progress, told)
         return {"epoch": float(epochs)}, run.history
+
+    def watch_epochs(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        look: Callable[[ZeroShotModel], Mapping[str, float]],
+        *,
+        on_progress: OnProgress = ignore_progress,
+    ) -> History:
+        """What `look` sees after each of all `epochs` of this fitted model's training, which a copy goes through again.
+
+        For reports only: the model stays as it is. Inputs are those of `fit`. Lets `Cancelled` pass.
+        """
+        self._require_fitted()
+        again, setting, seen = copy(self), self.validation_["setting"], list[dict[str, float]]()
+        again._tape, again._kept = Tape(None, ""), None
+        raw, embeddings = checked(features, class_embeddings)
+        train = Rows(self._scaling(raw), features.labels.astype(np.int64), embeddings)
+
+        def told(entry: dict[str, float]) -> bool:
+            again._settle(train, setting)
+            seen.append({"epoch": entry["epoch"], **look(again)})
+            on_progress(Progress("watching", len(seen), self.params.epochs))
+            return True
+
+        again._follow(train, again._tape.begin(), self.params.epochs, on_progress, told)
+        return seen
+
+    def _settle(self, train: Rows, setting: Setting | None) -> None:
+        """What a method learns when the epochs are over."""
 
     def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
         if not self.params.early_stopping:

@@ -92,11 +92,14 @@ class GenerativeModel(EpochModel):
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         used, history = super()._learn(train, setting, on_progress)
+        self._settle(train, setting)
+        return {**(setting or {}), **used}, history
+
+    def _settle(self, train: Rows, setting: Setting | None) -> None:
         self._final = make_final(self.params, self.seed, (setting or {}).get("shrinkage"))
         real = self._real(train)
         self._final.fit(real)
         self._shift = self._shift_to(real)
-        return {**(setting or {}), **used}, history
 
     def _validate(self, validation: Rows) -> dict[str, float]:
         """T1 by linear discriminants; their shrinkage is the best for this epoch, unless it is given."""

@@ -134,7 +134,17 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], d
     plan_validation(plan, body.validation_classes, "/validation_classes")
     if body.search is not None:
         _plan_search(plan, body)
+    if body.best_on_test:
+        _plan_best_on_test(plan, body, params)
     return plan, params, cost
+
+
+def _plan_best_on_test(plan: Plan, body: ClassifierCreate, params: dict[str, Any]) -> None:
+    """There are epochs to be the best of, and test rows to measure them on."""
+    if not body.evaluate:
+        plan.add("/best_on_test", "The best epoch on test rows needs 'evaluate': true.")
+    if params and "epochs" not in params:
+        plan.add("/best_on_test", f"{body.method!r} does not learn in epochs; leave 'best_on_test' out.")
 
 
 def _plan_search(plan: Plan, body: ClassifierCreate) -> None:
@@ -196,6 +206,7 @@ def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, 
                 "scratch": body.scratch.model_dump(mode="json") if body.scratch else None,
                 "image_size": body.image_size,
                 "evaluate": body.evaluate,
+                "best_on_test": body.best_on_test,
                 "search": body.search.model_dump(mode="json") if body.search else None,
                 "search_fixed": sorted(body.params),
                 "seed": body.seed,

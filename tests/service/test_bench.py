@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import create_model
 
-from service import bench
+from models.catalog import get_method
+from models.classifier_params import SJEParams
+from service import bench, bench_plan
 from service.bench import Results, write_tables
 from service.bench_plan import BenchSpec, cell_key, cells, read_spec
 from service.client import UnseenError
@@ -81,7 +85,8 @@ class FakeClient:
     def classifier(self, classifier_id: str) -> dict[str, Any]:
         t1 = float(classifier_id)
         measured = {"zsl": {"t1": t1}, "gzsl": {"u": t1, "s": t1, "h": t1, "ausuc": t1}}
-        return {"metrics": {**measured, "validation": {"t1": 0.5}, "best_epoch": 2}}
+        best = {"best_on_test": {"t1": {"value": 2 * t1, "epoch": 3}}} if self.asked[-1].get("best_on_test") else {}
+        return {"metrics": {**measured, **best, "validation": {"t1": 0.5}, "best_epoch": 2}}
 
 
 @pytest.fixture
@@ -138,6 +143,30 @@ def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_di
         spec_of(data, PLAN.replace("{method: sje}", "{method: sje, datasets: [birds, fish]}")),
     )
     assert [cell_key(before, cell) for cell in cells(before, data)] == [cell_key(after, c) for c in cells(after, data)]
+
+
+def test_the_best_epoch_on_test_rows_stands_beside_and_is_called_what_it_is(data: Path) -> None:
+    spec, client, results = (
+        spec_of(data, PLAN + "metrics: [t1, t1_best_on_test]\n"),
+        FakeClient(),
+        Results(data / "out"),
+    )
+    assert run(client, spec, data, results) == 0
+    assert {(row["method"], row.get("best_on_test")) for row in client.asked} == {("sje", True), ("eszsl", None)}
+    tables = bench.markdown(spec, data, results, [])
+    assert "T1 of the epoch best on test rows (not a result), %" in tables
+    t1, best = (part for part in tables.split("**") if part.startswith("\n\n|"))
+    assert "15.0 ± 5.0" in t1
+    assert "30.0 ± 10.0" in best
+
+
+def test_a_cell_is_measured_anew_when_a_default_changes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(data)
+    before = [cell_key(spec, cell) for cell in cells(spec, data)]
+    assert before == [cell_key(spec, cell) for cell in cells(spec, data)]
+    changed = create_model("Changed", __base__=SJEParams, epochs=(int, 7))
+    monkeypatch.setattr(bench_plan, "get_method", lambda name, kind: replace(get_method("sje", kind), params=changed))
+    assert not set(before) & {cell_key(spec, cell) for cell in cells(spec, data) if cell.classifier == "SJE"}
 
 
 def test_a_second_run_measures_only_what_is_missing_or_failed_or_changed(data: Path) -> None:

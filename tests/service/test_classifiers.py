@@ -134,6 +134,36 @@ def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> Non
     assert (row["params"]["epochs"], row["params"]["normalize"]) == (2, "l2")
 
 
+def test_the_best_epoch_on_test_rows_is_reported_beside(live_api: LiveApi) -> None:
+    params = {"epochs": 5, "steps_per_epoch": 3, "batch_size": 8, "hidden_dim": 16, "folds": 1}
+    fields = {"validation_classes": VALIDATION, "method": "f_vaegan", "params": params, "evaluate": True}
+    request = body_on(live_api, best_on_test=True, **fields) | {"unseen_classes": ["kind 4", "kind 5"]}
+    plain = {**request, "best_on_test": False}
+    rows = []
+    for body in (request, plain):
+        job = checked(create(live_api, body), JobOut, 202)
+        assert finish(live_api, job["id"], TASKS)["status"] == "succeeded"
+        rows.append(checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)["metrics"])
+    watched, without = rows
+    best = watched.pop("best_on_test")
+    assert "not a result" in best["note"]
+    assert [entry["epoch"] for entry in best["curve"]] == [1, 2, 3, 4, 5]
+    assert best["t1"]["value"] == max(entry["t1"] for entry in best["curve"])
+    assert watched == without, "what is reported beside changes nothing"
+    # The second training is the first one: at the chosen epoch it has the classifier's own T1.
+    assert best["curve"][watched["best_epoch"] - 1]["t1"] == watched["zsl"]["t1"]
+
+
+@pytest.mark.parametrize(("fields", "told"), [({"method": "eszsl"}, "epochs"), ({"evaluate": False}, "evaluate")])
+def test_the_best_epoch_on_test_rows_needs_epochs_and_test_rows(
+    live_api: LiveApi, inputs: dict[str, str], fields: dict[str, Any], told: str
+) -> None:
+    answer = create(live_api, {**inputs, "best_on_test": True, **fields})
+    (found,) = problem(answer, 422)["errors"]
+    assert found["pointer"] == "/best_on_test"
+    assert told in found["message"]
+
+
 def test_a_retried_training_goes_on_from_its_checkpoint(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0.0)
     small = {"epochs": 4, "steps_per_epoch": 3, "batch_size": 8, "hidden_dim": 16}
