@@ -44,7 +44,11 @@ def data() -> TrainingData:
 
 
 def test_guiding_losses_are_the_plain_sums() -> None:
-    model, training, rows = model_of(generator_similarity_weight=0.5), data(), torch.arange(3, 8)
+    model, training, rows = (
+        model_of(generator_information_weight=0.2, generator_similarity_weight=0.5),
+        data(),
+        torch.arange(3, 8),
+    )
     model.network = model._make_network(6, 4, seeded())  # type: ignore[assignment]  # its own kind
     fake = torch.rand(5, 6, generator=seeded(4))
     found = model._guidance(fake, training, rows)
@@ -57,7 +61,7 @@ def test_guiding_losses_are_the_plain_sums() -> None:
         told += math.log(fits[labels[i]] / (sum(fits) / 3))
         cosines = [math.exp(made[i] @ z / np.linalg.norm(made[i]) / np.linalg.norm(z)) for z in real]
         alike -= math.log(sum(e for e, y in zip(cosines, labels, strict=True) if y == labels[i]) / sum(cosines))
-    assert found["loss_mi"].item() == pytest.approx(-told / 5, rel=1e-3)
+    assert found["loss_mi"].item() == pytest.approx(-0.2 * told / 5, rel=1e-3)
     assert found["loss_sim"].item() == pytest.approx(0.5 * alike / 5, rel=1e-3)
 
 
