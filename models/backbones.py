@@ -84,13 +84,13 @@ class Backbone:
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, h, w) on any device -> float32 (B, feature_dim) on the backbone's device."""
-        self._check(images)
+        self.check(images)
         parts = [self._forward(part) for part in _batches(images, self.max_batch)]
         return torch.cat(parts) if parts else torch.empty((0, self.feature_dim), device=self.device)
 
     def spatial(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, h, w) -> float32 (B, spatial_dim, h', w'): the last feature map (for vit: its token grid)."""
-        self._check(images)
+        self.check(images)
         maps: list[Tensor] = []
         with self._captured_map() as captured:
             for part in _batches(images, self.max_batch):
@@ -110,7 +110,8 @@ class Backbone:
             output: Tensor = self.module(self.normalise(images))
             return output.float()
 
-    def _check(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> None:
+        """ShapeMismatch where these are no images that the network takes."""
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ShapeMismatch(
                 f"A backbone takes uint8 images of shape (B, 3, h, w), not {images.dtype} of {tuple(images.shape)}."

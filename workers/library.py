@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE
 from workers.embedding import provenance, vector_bytes
-from workers.model_cache import ModelCache, Parts, array_bytes, resident_parts
+from workers.model_cache import ModelCache, Parts, array_bytes, network_parts, resident_parts
 from workers.predictions import Resident
-from workers.sources import feature_network, open_backbone, open_knowledge, unpack
+from workers.sources import fast_backbone, feature_network, open_backbone, open_knowledge, unpack
 from workers.training import CLASSES_FILE, DIMENSIONS_FILE
 from workers.training_inputs import EMBEDDER_FILES
 
@@ -207,10 +208,14 @@ class Library:
         model = load_classifier(directory, device=self._device)
         digest, size = row.metrics["backbone"]["digest"], row.metrics["image_size"]
         self._uses[digest] = classifier_id
-        network = self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest))
+        backbone = self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest))
+        network = feature_network(backbone, row.method, size, row.params)
+        if network is backbone:  # one for all classifiers on it
+            make = partial(fast_backbone, backbone, size, self._settings)
+            network = self._cache.get(f"network:{digest}:{size}", make)
         return Resident(
             classifier=model,
-            backbone=feature_network(network, row.method, size, row.params),
+            backbone=network,
             size=size,
             class_names=(),
             embeddings=np.zeros((0, 0), dtype=np.float32),
@@ -287,4 +292,6 @@ def _rows(
 
 def _parts(value: Any) -> Parts:
     """What the cache counts a value as: a classifier shares its backbone with others, everything else stands alone."""
-    return resident_parts(value) if isinstance(value, Resident) else {id(value): array_bytes(value)}
+    if isinstance(value, Resident):
+        return resident_parts(value)
+    return network_parts(value) if hasattr(value, "features") else {id(value): array_bytes(value)}

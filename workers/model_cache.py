@@ -75,8 +75,14 @@ class ModelCache(Generic[V]):
 
 def resident_parts(resident: Resident) -> Parts:
     """Backbone, classifier and class table of a resident, each with its bytes of parameters and arrays."""
-    network = getattr(resident.backbone, "backbone", resident.backbone)  # a view of it weighs nothing
-    return {id(part): array_bytes(part) for part in (network, resident.classifier, resident.embeddings)}
+    own = {id(part): array_bytes(part) for part in (resident.classifier, resident.embeddings)}
+    return {**network_parts(resident.backbone), **own}
+
+
+def network_parts(network: object) -> Parts:
+    """A backbone, or a view of one, which weighs nothing beside it unless it holds weights of its own."""
+    backbone = getattr(network, "backbone", network)
+    return {id(network): getattr(network, "n_bytes", 0), id(backbone): array_bytes(backbone)}
 
 
 def array_bytes(value: object) -> int:

@@ -115,6 +115,30 @@ def feature_network(backbone: Backbone, method: str, size: int, params: Mapping[
     return SpatialBackbone(backbone, size)
 
 
+def fast_backbone(
+    backbone: FeatureNetwork, size: int, settings: Settings, *, streams: int = 1, may_convert: bool = True
+) -> FeatureNetwork:
+    """What computes the same features of images of `size` pixels a side sooner, where there is something.
+
+    streams: batches that run at a time. may_convert: whether it is worth seconds of preparation. Views of a network,
+    such as its maps, stay as they are.
+    """
+    from models.backbones import Backbone
+    from models.backends import fast_network
+
+    if not isinstance(backbone, Backbone):
+        return backbone
+    return fast_network(
+        backbone,
+        size,
+        backend=settings.backend,
+        directory=settings.cache_dir / "networks",
+        threads=settings.threads,
+        streams=streams,
+        may_convert=may_convert,
+    )
+
+
 def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:
     if params.weights == "random":
         return None

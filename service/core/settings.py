@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="Device of workers and inference: auto, cpu, cuda or cuda:N.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of one worker; 0: all cores.")
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What runs networks on a CPU; auto: OpenVINO where it is installed and clearly faster."
+    )
     worker_memory_bytes: int = Field(
         0, ge=0, description="Memory of a worker; classifiers that need more are refused. 0: that of the machine asked."
     )
