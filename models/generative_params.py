@@ -78,6 +78,11 @@ class GANParams(GenerativeParams):
 class FCLSWGANParams(GANParams):
     """Feature-generating Wasserstein GAN with a classification loss."""
 
+    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
+        "minmax",
+        description="Scaling of the image features; zscore may learn where classes lie close together and minmax does not.",
+        json_schema_extra=searched(choices=("minmax", "zscore")),
+    )
     class_weight: float = Field(0.01, ge=0, le=1e4, description="beta, weight of the classification loss (Eq. 4).")
     class_epochs: int = Field(20, ge=1, le=1000, description="Passes of the softmax on seen classes, trained first.")
 
@@ -192,6 +197,11 @@ class SEGZSLParams(GANParams):
     Widths, rates and lengths are ours: the paper prints the weights of its losses, 4096 hidden units and the slope.
     """
 
+    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
+        "minmax",
+        description="Scaling of the image features; zscore may learn where classes lie close together and minmax does not.",
+        json_schema_extra=searched(choices=("minmax", "zscore")),
+    )
     semantic_dim: int = Field(256, ge=1, le=8192, description="Width of semantic and residual features.")
     slope: float = Field(0.02, ge=0, le=1, description="Of the leaky ReLUs below 0.")
     decomposition_epochs: int = Field(
