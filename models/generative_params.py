@@ -80,7 +80,7 @@ class FCLSWGANParams(GANParams):
 
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "minmax",
-        description="Scaling of the image features; zscore may learn where classes lie close together and minmax does not.",
+        description="Scaling of the image features; zscore may learn where minmax does not.",
         json_schema_extra=searched(choices=("minmax", "zscore")),
     )
     class_weight: float = Field(0.01, ge=0, le=1e4, description="beta, weight of the classification loss (Eq. 4).")
@@ -199,7 +199,7 @@ class SEGZSLParams(GANParams):
 
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "minmax",
-        description="Scaling of the image features; zscore may learn where classes lie close together and minmax does not.",
+        description="Scaling of the image features; zscore may learn where minmax does not.",
         json_schema_extra=searched(choices=("minmax", "zscore")),
     )
     semantic_dim: int = Field(256, ge=1, le=8192, description="Width of semantic and residual features.")
