@@ -42,7 +42,10 @@ def quick(name: str) -> Params:
     params = next(m.params for m in METHODS if m.name == name and m.kind == "classifier")
     if issubclass(params, GenerativeParams):
         small = {"epochs": 6, "steps_per_epoch": 20, "learning_rate": 0.005, "batch_size": 32, "hidden_dim": 48}
-        encoders = {"decomposition_epochs": 10} if "decomposition_epochs" in params.model_fields else {}
+        has_encoders = "decomposition_epochs" in params.model_fields
+        # Longer steps and a louder guidance than the defaults', as there are so few steps.
+        louder = {"decomposition_epochs": 10, "decomposition_learning_rate": 0.001, "generator_information_weight": 1}
+        encoders = louder if has_encoders else {}
         return params.model_validate({**small, **encoders, "folds": 1})
     return params.model_validate(
         {"epochs": 15, "learning_rate": 0.01, "batch_size": 32} if "epochs" in params.model_fields else {}
