@@ -50,7 +50,12 @@ def test_the_build_gets_what_it_copies_and_every_package() -> None:
 def test_the_images_hold_the_extras_they_need() -> None:
     api, worker = (set(match.split()) for match in re.findall(r"requirements\.py ([a-z0-9 ]+?) >", DOCKERFILE))
     assert worker == set(PROJECT["project"]["optional-dependencies"]) - {"dev"}
-    assert api == worker - {"torch", "text", "hdf5"}  # what brings torch, or is read by workers alone
+    assert api == worker - {
+        "torch",
+        "openvino",
+        "text",
+        "hdf5",
+    }  # what brings or serves torch, or is read by workers alone
 
 
 def test_requirements_are_those_of_the_project() -> None:
