@@ -78,7 +78,9 @@ def train_classifier(context: TaskContext) -> Publisher:
     request = inputs.row.request
     seed_everything(request["seed"])
     device = choose_device(context.settings.device)
-    context.progress.set_phases([*PHASES[:2], ("search", 2.0), *PHASES[2:]] if request.get("search") else PHASES)
+    searching = [("search", 2.0)] if request.get("search") else []
+    watching = [("watching", 0.3)] if request.get("best_on_test") else []  # older rows lack it
+    context.progress.set_phases([*PHASES[:2], *searching, *PHASES[2:], *watching])
     embeddings, warnings = class_embeddings(context, inputs)
     tables = image_tables(context, inputs, device)
     dimensions = read_dimensions(context, inputs.row, inputs.knowledge, embeddings.shape[1])
@@ -100,7 +102,7 @@ def train_classifier(context: TaskContext) -> Publisher:
     metrics |= _metrics(model, inputs, tables, [*warnings, *dimensions.warnings])
     if request["evaluate"]:
         metrics |= _evaluation(model, inputs, tables, embeddings).to_dict()
-    if request.get("best_on_test") and isinstance(model, EpochModel):  # older rows lack it
+    if watching and isinstance(model, EpochModel):
         metrics["best_on_test"] = _best_on_test(model, inputs, tables, embeddings, context.progress)
     files = tables.files | _files(context, model, embeddings, dimensions.names)
     return _publisher(inputs, files, metrics, model.params)

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.base import FloatArray, OnProgress
+from models.base import FloatArray
 from models.classifier_params import CMTParams
 from models.params import Params
-from models.zero_shot.base import History, Setting
+from models.zero_shot.base import Setting
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import BatchModel
 from models.zero_shot.layers import linear
@@ -61,12 +61,10 @@ class CMT(BatchModel):
         apart: Tensor = scores - gap[:, None] * (is_novel[:, None] == is_seen)
         return apart
 
-    def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
+    def _settle(self, train: Rows, setting: Setting | None) -> None:  # noqa: ARG002 - the network says it all
         self._seen = None
-        learned = super()._learn(train, setting, on_progress)
         if self.params.novelty:
             self._fit_novelty(train)
-        return learned
 
     def _fit_novelty(self, train: Rows) -> None:
         """sigma_s^2: the mean square about phi(s), a dimension; T_s: a quantile of the class's own log-densities."""

@@ -35,6 +35,8 @@ class EpochModel(ZeroShotModel):
     params: EpochParams
     network: nn.Module
     _kept: _Snapshots | None = None
+    _watcher: Callable[[float], None] | None = None
+    """Told the number of each epoch when all is learned that can be after it."""
 
     @abstractmethod
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
@@ -50,16 +52,24 @@ class EpochModel(ZeroShotModel):
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         epochs = int(setting["epoch"]) if setting is not None else self.params.epochs
-        if self._kept is not None and self._kept.restore(self.network, train, epochs):
-            return {"epoch": float(epochs)}, []
-        run = self._tape.begin()
+        history: History = []
+        if self._kept is None or not self._kept.restore(self.network, train, epochs):
+            run = self._tape.begin()
 
-        def told(entry: dict[str, float]) -> bool:
-            on_progress(Progress("training", int(entry["epoch"]), epochs, _metrics(entry)))
-            return True
+            def told(entry: dict[str, float]) -> bool:
+                on_progress(Progress("training", int(entry["epoch"]), epochs, _metrics(entry)))
+                if self._watcher is not None:
+                    self._settle(train, setting)
+                    self._watcher(entry["epoch"])
+                return True
 
-        self._follow(train, run, epochs, on_progress, told)
-        return {"epoch": float(epochs)}, run.history
+            self._follow(train, run, epochs, on_progress, told)
+            history = run.history
+        self._settle(train, setting)
+        return {"epoch": float(epochs)}, history
+
+    def _settle(self, train: Rows, setting: Setting | None) -> None:
+        """What a method learns when the epochs are over, from the network as it is."""
 
     def watch_epochs(
         self,
@@ -74,22 +84,18 @@ class EpochModel(ZeroShotModel):
         For reports only: the model stays as it is. Inputs are those of `fit`. Lets `Cancelled` pass.
         """
         self._require_fitted()
-        again, setting, seen = copy(self), self.validation_["setting"], list[dict[str, float]]()
+        again, seen = copy(self), list[dict[str, float]]()
         again._tape, again._kept = Tape(None, ""), None
+        again._watcher = lambda epoch: seen.append({"epoch": epoch, **look(again)})
         raw, embeddings = checked(features, class_embeddings)
         train = Rows(self._scaling(raw), features.labels.astype(np.int64), embeddings)
+        setting = {**self.validation_["setting"], "epoch": float(self.params.epochs)}
 
-        def told(entry: dict[str, float]) -> bool:
-            again._settle(train, setting)
-            seen.append({"epoch": entry["epoch"], **look(again)})
-            on_progress(Progress("watching", len(seen), self.params.epochs))
-            return True
+        def told(progress: Progress) -> None:
+            on_progress(Progress("watching", progress.completed, progress.total, progress.metrics))
 
-        again._follow(train, again._tape.begin(), self.params.epochs, on_progress, told)
+        again._learn(train, setting, told)
         return seen
-
-    def _settle(self, train: Rows, setting: Setting | None) -> None:
-        """What a method learns when the epochs are over."""
 
     def _try_settings(self, train: Rows, validation: Rows, on_progress: OnProgress) -> History:
         if not self.params.early_stopping:

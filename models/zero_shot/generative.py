@@ -92,7 +92,6 @@ class GenerativeModel(EpochModel):
 
     def _learn(self, train: Rows, setting: Setting | None, on_progress: OnProgress) -> tuple[Setting, History]:
         used, history = super()._learn(train, setting, on_progress)
-        self._settle(train, setting)
         return {**(setting or {}), **used}, history
 
     def _settle(self, train: Rows, setting: Setting | None) -> None:

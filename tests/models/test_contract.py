@@ -20,6 +20,7 @@ from models.evaluation import ClassTable, evaluate, mean_per_class_accuracy
 from models.generative_params import GenerativeParams
 from models.params import Params
 from models.zero_shot.base import ZeroShotModel, create_classifier, load_classifier
+from models.zero_shot.epochs import EpochModel
 from tests.models.zero_shot.made_up import made_up
 
 NAMES = [method.name for method in METHODS if method.kind == "classifier"]
@@ -143,6 +144,24 @@ def test_new_classes_need_no_refit_and_do_not_touch_the_others(name: str) -> Non
     whole = model.scores(DATA.unseen.features, everything)
     part = model.scores(DATA.unseen.features, everything[[14, 2]])
     np.testing.assert_allclose(part, whole[:, [14, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_watched_epochs_are_those_of_the_fit(name: str) -> None:
+    model = fitted(name)
+    if not isinstance(model, EpochModel):
+        pytest.skip("does not learn in epochs")
+    before = model.scores(DATA.unseen.features, DATA.unseen_embeddings)
+    seen: list[FloatArray] = []
+
+    def look(at: ZeroShotModel) -> dict[str, float]:
+        seen.append(at.scores(DATA.unseen.features, DATA.unseen_embeddings))
+        return {"spread": float(seen[-1].std())}
+
+    curve = model.watch_epochs(DATA.train, DATA.seen_embeddings, look)
+    assert [entry["epoch"] for entry in curve] == list(range(1, model.params.epochs + 1))
+    assert np.array_equal(seen[(model.best_epoch_ or 0) - 1], before)
+    assert len({entry["spread"] for entry in curve}) == len(curve)
+    assert np.array_equal(model.scores(DATA.unseen.features, DATA.unseen_embeddings), before)
 
 
 def test_length_of_an_embedding_does_not_matter(name: str) -> None:
