@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from models.backbones import Backbone, ToMap, create_backbone
+from models.backbones import Backbone, BackboneView, ToMap, create_backbone
 from models.base import IntArray
 from models.errors import InvalidInput
 
@@ -77,7 +77,7 @@ class Tail(nn.Module):
 
 
 @dataclass(frozen=True)
-class Trunk:
+class Trunk(BackboneView):
     """A backbone whose feature of an image is what enters the last `share` of its layers, flattened.
 
     Parts of one network that are cut alike at one `size` are equal, so that whoever gathers images into batches may
@@ -108,16 +108,6 @@ class Trunk:
         object.__setattr__(self, "feature_dim", int(np.prod(self._shape)))
         digest = hashlib.sha256(f"trunk\n{parts.cut}\n{self.backbone.digest}".encode()).hexdigest()
         object.__setattr__(self, "digest", digest)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network runs."""
-        return self.backbone.device
-
-    @property
-    def max_batch(self) -> int:
-        """Images a forward pass at most."""
-        return self.backbone.max_batch
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, size, size) on any device -> float32 (B, feature_dim) on the backbone's device."""

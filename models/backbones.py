@@ -140,8 +140,24 @@ class Backbone:
             handle.remove()
 
 
+class BackboneView:
+    """Another way to use a backbone, where that runs and in batches of its size."""
+
+    backbone: Backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.backbone.device
+
+    @property
+    def max_batch(self) -> int:
+        """Images a forward pass at most."""
+        return self.backbone.max_batch
+
+
 @dataclass(frozen=True)
-class SpatialBackbone:
+class SpatialBackbone(BackboneView):
     """A backbone whose feature of an image is its last map: the `channels` of the first place, of the next, and so on.
 
     The places, row by row from the top left, form a square. Views of one network at one `size` are equal, so that
@@ -164,16 +180,6 @@ class SpatialBackbone:
     def channels(self) -> int:
         """Numbers a place."""
         return self.backbone.spatial_dim
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network runs."""
-        return self.backbone.device
-
-    @property
-    def max_batch(self) -> int:
-        """Images a forward pass at most."""
-        return self.backbone.max_batch
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, size, size) on any device -> float32 (B, places * channels) on the backbone's device."""

@@ -14,8 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.backbones import Backbone, FeatureNetwork
-from models.errors import InvalidInput
+from models.backbones import Backbone, BackboneView, FeatureNetwork
+from models.errors import InvalidInput, ShapeMismatch
 
 BackendName = Literal["auto", "torch", "openvino"]
 LEAST_COSINE = {"fp32": 1 - 1e-5, "bf16": 0.99}
@@ -36,7 +37,7 @@ _MODEL, _WEIGHTS, _MEASURED = "model.xml", "model.bin", "measured.json"
 
 
 @dataclass(frozen=True)
-class OpenVINOBackbone:
+class OpenVINOBackbone(BackboneView):
     """A backbone whose features OpenVINO computes, for images of one `size`. Views of one network are equal.
 
     measured: `gain`, torch's time over OpenVINO's, and `cosine`, the least among the probe images' features.
@@ -60,21 +61,13 @@ class OpenVINOBackbone:
         """The backbone's own: rounding apart, the features are the same."""
         return self.backbone.digest
 
-    @property
-    def device(self) -> torch.device:
-        """Where the features lie."""
-        return self.backbone.device
-
-    @property
-    def max_batch(self) -> int:
-        """Images a forward pass at most."""
-        return self.backbone.max_batch
-
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, size, size) -> float32 (B, feature_dim)."""
         self.backbone.check(images)
         if images.shape[2:] != (self.size, self.size):
-            return self.backbone.features(images)
+            raise ShapeMismatch(
+                f"The network was prepared for images of {self.size} pixels, not {tuple(images.shape[2:])}."
+            )
         if not hasattr(self._requests, "own"):  # one serves one thread
             self._requests.own = self._compiled.create_infer_request()
         parts = torch.split(images.contiguous(), self.max_batch)
@@ -94,10 +87,11 @@ def fast_network(
 ) -> FeatureNetwork:
     """What computes the features of `backbone` for images of `size` pixels a side.
 
-    directory: where converted networks are kept. threads: of the CPU; 0: as many as torch uses. streams:
-    batches that run at a time, sharing the threads. may_convert: whether
-    `auto` may convert a network that was not converted before, which takes seconds.
-    Raises InvalidInput where `openvino` is asked for and cannot be had; `auto` then takes torch.
+    directory: where converted networks are kept. threads: of the CPU; 0: as many as torch uses. streams: batches that
+    run at a time, sharing the threads. may_convert: whether `auto` may convert a network that was not converted before,
+    which takes seconds.
+    Raises InvalidInput where `openvino` is asked for and cannot be had; `auto` then takes torch, with a warning if
+    OpenVINO is installed.
     """
     if backend == "torch" or backbone.device.type != "cpu":
         return backbone
@@ -110,6 +104,8 @@ def fast_network(
                 f"OpenVINO cannot run {backbone.name!r}: {error}. Install it (pip install 'unseen[openvino]'), or set "
                 "UNSEEN_BACKEND to torch."
             ) from error
+        if not isinstance(error, ImportError):
+            warnings.warn(f"OpenVINO cannot run {backbone.name!r}, torch does: {error}", stacklevel=2)
         return backbone
     if found is None:
         return backbone
@@ -131,8 +127,8 @@ def _open(
     compiled = openvino.Core().compile_model(kept / _MODEL, "CPU", {"INFERENCE_PRECISION_HINT": precision, **options})
     found = OpenVINOBackbone(backbone, size, {}, (kept / _WEIGHTS).stat().st_size, compiled)
     machine = {**options, "cpu": _cpu(), "torch": torch.__version__}
-    found.measured.update(_recalled(kept / _MEASURED, machine) or _measure(found, kept / _MEASURED, machine))
-    return found
+    measured = _recalled(kept / _MEASURED, machine) or _measure(found, kept / _MEASURED, machine)
+    return replace(found, measured=measured)
 
 
 def _import_openvino() -> Any:
@@ -193,7 +189,7 @@ def _measure(network: OpenVINOBackbone, kept: Path, machine: dict[str, Any]) -> 
     finally:
         torch.set_num_threads(before)
     slow, fast = (min(column) for column in zip(*times, strict=True))
-    measured = {**machine, "gain": slow / fast, "cosine": cosine, "images_per_s": PROBE_IMAGES / fast}
+    measured = {**machine, "gain": slow / fast, "cosine": cosine}
     aside = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     aside.write_text(json.dumps(measured), "utf-8")
     aside.replace(kept)

@@ -28,7 +28,7 @@ from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE
 from workers.embedding import provenance, vector_bytes
-from workers.model_cache import ModelCache, Parts, array_bytes, network_parts, resident_parts
+from workers.model_cache import ModelCache, Parts, parts_of, resident_parts
 from workers.predictions import Resident
 from workers.sources import fast_backbone, feature_network, open_backbone, open_knowledge, unpack
 from workers.training import CLASSES_FILE, DIMENSIONS_FILE
@@ -292,6 +292,4 @@ def _rows(
 
 def _parts(value: Any) -> Parts:
     """What the cache counts a value as: a classifier shares its backbone with others, everything else stands alone."""
-    if isinstance(value, Resident):
-        return resident_parts(value)
-    return network_parts(value) if hasattr(value, "features") else {id(value): array_bytes(value)}
+    return resident_parts(value) if isinstance(value, Resident) else parts_of(value)

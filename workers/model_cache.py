@@ -76,13 +76,13 @@ class ModelCache(Generic[V]):
 def resident_parts(resident: Resident) -> Parts:
     """Backbone, classifier and class table of a resident, each with its bytes of parameters and arrays."""
     own = {id(part): array_bytes(part) for part in (resident.classifier, resident.embeddings)}
-    return {**network_parts(resident.backbone), **own}
+    return {**parts_of(resident.backbone), **own}
 
 
-def network_parts(network: object) -> Parts:
-    """A backbone, or a view of one, which weighs nothing beside it unless it holds weights of its own."""
-    backbone = getattr(network, "backbone", network)
-    return {id(network): getattr(network, "n_bytes", 0), id(backbone): array_bytes(backbone)}
+def parts_of(value: object) -> Parts:
+    """A value; a view of a backbone weighs nothing beside it unless it tells bytes of its own."""
+    backbone = getattr(value, "backbone", value)
+    return {id(value): getattr(value, "n_bytes", 0), id(backbone): array_bytes(backbone)}
 
 
 def array_bytes(value: object) -> int:
