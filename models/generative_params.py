@@ -75,14 +75,19 @@ class GANParams(GenerativeParams):
     penalty_weight: float = Field(10.0, ge=0, le=1e4, description="Weight of the gradient penalty.")
 
 
-class FCLSWGANParams(GANParams):
-    """Feature-generating Wasserstein GAN with a classification loss."""
+class UnboundedGANParams(GANParams):
+    """What those take whose generator may make numbers outside [0, 1]."""
 
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "minmax",
         description="Scaling of the image features; zscore may learn where minmax does not.",
         json_schema_extra=searched(choices=("minmax", "zscore")),
     )
+
+
+class FCLSWGANParams(UnboundedGANParams):
+    """Feature-generating Wasserstein GAN with a classification loss."""
+
     class_weight: float = Field(0.01, ge=0, le=1e4, description="beta, weight of the classification loss (Eq. 4).")
     class_epochs: int = Field(20, ge=1, le=1000, description="Passes of the softmax on seen classes, trained first.")
 
@@ -191,17 +196,12 @@ class CADAVAEParams(GenerativeParams):
     )
 
 
-class SEGZSLParams(GANParams):
+class SEGZSLParams(UnboundedGANParams):
     """Semantic features cut out of image features first, then a Wasserstein GAN guided by them.
 
     Widths, rates and lengths are ours: the paper prints the weights of its losses, 4096 hidden units and the slope.
     """
 
-    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
-        "minmax",
-        description="Scaling of the image features; zscore may learn where minmax does not.",
-        json_schema_extra=searched(choices=("minmax", "zscore")),
-    )
     semantic_dim: int = Field(256, ge=1, le=8192, description="Width of semantic and residual features.")
     slope: float = Field(0.02, ge=0, le=1, description="Of the leaky ReLUs below 0.")
     decomposition_epochs: int = Field(

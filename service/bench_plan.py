@@ -153,9 +153,8 @@ def cells(spec: BenchSpec, data: Path) -> Iterator[Cell]:
 def full_params(classifier: ClassifierSpec) -> Json:
     """All parameters of the classifier, defaults too; those of the file where the service will refuse them."""
     try:
-        return (
-            get_method(classifier.method, "classifier").params.model_validate(classifier.params).model_dump(mode="json")
-        )
+        schema = get_method(classifier.method, "classifier").params
+        return schema.model_validate(classifier.params).model_dump(mode="json")
     except (UnknownName, ValidationError):
         return classifier.params
 
