@@ -149,6 +149,8 @@ class Runner:
             "seed": cell.seed,
             "validation_classes": dataset.split.get("validation_classes"),
         }
+        if classifier.search is not None:
+            request["search"] = classifier.search
         if (words := classifier.dimension_words) is not None:
             request["dimension_knowledge_id"] = dataset.knowledge(words, self._data / words)
         if "epochs" in full_params(classifier) and set(BEST_ON_TEST) & set(self._spec.metrics):
@@ -173,6 +175,7 @@ class Runner:
             **{name: best[of]["value"] for name, of in BEST_ON_TEST.items() if of in best},
             "validation": {name: metrics["validation"].get(name) for name in ("t1", "h", "setting")},
             "best_epoch": metrics["best_epoch"],
+            "searched": metrics.get("search", {}).get("trials"),
             "relation": relation and {"name": relation["name"], **relation["params"]},
             "reason": chosen.get("reason"),
             "seconds": round(time.monotonic() - started, 1),

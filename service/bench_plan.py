@@ -45,6 +45,11 @@ class ClassifierSpec(_Part):
     datasets: tuple[str, ...] | None = Field(
         None, description="Where it is measured: methods on feature maps need photos. Default: on all datasets."
     )
+    search: Json | None = Field(
+        None,
+        description="Settings not in `params` that matter are chosen on validation classes, as in POST "
+        "/v1/classifiers: {} for its usual budget.",
+    )
     dimension_words: str | None = Field(
         None, description="File of word vectors under the data folder: one for each dimension's name (sc_egg)."
     )
@@ -168,6 +173,7 @@ def cell_key(spec: BenchSpec, cell: Cell) -> str:
         spec.embeddings[cell.embedding],
         [classifier.method, full_params(classifier), classifier.dimension_words],
         bool(set(BEST_ON_TEST) & set(spec.metrics)),
+        *([] if classifier.search is None else [classifier.search]),
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return "|".join([cell.dataset, cell.knowledge, cell.embedding, cell.classifier, str(cell.seed), digest])

@@ -145,6 +145,19 @@ def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_di
     assert [cell_key(before, cell) for cell in cells(before, data)] == [cell_key(after, c) for c in cells(after, data)]
 
 
+def test_a_classifier_may_be_searched_for_within_a_budget(data: Path) -> None:
+    searching = PLAN.replace("{method: sje}", "{method: sje, search: {trials: 3}}")
+    spec, client, results = spec_of(data, searching), FakeClient(), Results(data / "out")
+    assert run(client, spec, data, results) == 0
+    assert {(row["method"], str(row.get("search"))) for row in client.asked} == {
+        ("sje", "{'trials': 3}"),
+        ("eszsl", "None"),
+    }
+    plain = spec_of(data)
+    changed = [c for c in cells(plain, data) if cell_key(plain, c) != cell_key(spec, c)]
+    assert {c.classifier for c in changed} == {"SJE"}
+
+
 def test_the_best_epoch_on_test_rows_stands_beside_and_is_called_what_it_is(data: Path) -> None:
     spec, client, results = (
         spec_of(data, PLAN + "metrics: [t1, t1_best_on_test]\n"),
