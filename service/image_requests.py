@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
-from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from fastapi import Query, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import nearest_names
 from service.core import repositories
+from service.core.disconnect import unless_gone
 from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
-from service.core.tables import Classifier
+from service.core.repositories import ClassifierState
 from service.deps import Parts
 from service.problems import invalid
 from service.uploads import content_type_of, file_fields, filename_of, multipart
 
 Send = Callable[[dict[str, Any], Sequence[bytes]], Awaitable[dict[str, Any]]]
 Options = TypeVar("Options", bound=BaseModel)
+MAX_TIMEOUT_S = 600.0
+Timeout = Annotated[
+    float | None,
+    Query(
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="Seconds within which the answer is of use, else 504.",
+    ),
+]
+
+
+class ImageOptions(BaseModel):
+    """What every request with images may say beside them."""
+
+    model_config = ConfigDict(extra="forbid")
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -101,18 +118,22 @@ async def _read_form(request: Request, parts: Parts, given: dict[str, Any], fiel
 
 
 async def ask(
-    parts: Parts, send: Send, asked: dict[str, Any], request: ImageRequest
+    request: Request, parts: Parts, send: Send, asked: dict[str, Any], images: ImageRequest
 ) -> tuple[dict[str, Any], list[Any]]:
-    """What the inference process answers, and its results in the order of the images; those too large are not sent."""
+    """What the inference process answers, and its results in the order of the images; those too large are not sent.
+
+    The work is dropped when the caller hangs up.
+    """
     limit = parts.settings.max_image_bytes
-    too_large = [len(image) > limit for image in request.images]
-    sent = [b"" if refused else image for image, refused in zip(request.images, too_large, strict=True)]
-    answer = await send(asked, sent)
+    too_large = [len(image) > limit for image in images.images]
+    sent = [b"" if refused else image for image, refused in zip(images.images, too_large, strict=True)]
+    asked = {**asked, "timeout_s": asked.get("timeout_s") or parts.settings.inference_timeout_s}
+    answer = await unless_gone(request.receive, send(asked, sent))
     data = [
         {"index": index, "filename": name, "error": None, **result}
-        for index, (name, result) in enumerate(zip(request.filenames, answer["results"], strict=True))
+        for index, (name, result) in enumerate(zip(images.filenames, answer["results"], strict=True))
     ]
-    for item, image, refused in zip(data, request.images, too_large, strict=True):
+    for item, image, refused in zip(data, images.images, too_large, strict=True):
         if refused:
             item["error"] = f"The file has {len(image):,} bytes; at most {limit:,} are taken."
     return answer, data
@@ -129,15 +150,14 @@ def _list_field(values: Sequence[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",")] if len(values) == 1 else list(values)
 
 
-def ready_classifier_id(parts: Parts, classifier_id: str | None) -> str:
-    """The classifier asked for, or the newest; Conflict when it is not ready."""
+def ready_classifier(parts: Parts, classifier_id: str | None, method: str | None = None) -> ClassifierState:
+    """The classifier asked for, or the newest, of `method` if one is given; Conflict when it is not ready."""
     with parts.database.read() as session:
-        if classifier_id is None:
-            newest = repositories.latest_classifier(session)
-            if newest is None:
-                raise NotFound("There is no ready classifier yet; train one with POST /v1/classifiers.")
-            return newest.id
-        row = repositories.get(session, Classifier, classifier_id)
-    if row.status != "ready":
-        raise Conflict(f"Classifier {row.id!r} is {row.status}; see job {row.job_id}.", retry_after_s=2)
-    return row.id
+        asked = classifier_id or repositories.newest_classifier(session, method)
+        if asked is None:
+            of_method = f" of method {method!r}" if method else ""
+            raise NotFound(f"There is no ready classifier{of_method}; train one with POST /v1/classifiers.")
+        found = repositories.classifier_state(session, asked)
+    if found.status != "ready":
+        raise Conflict(f"Classifier {found.id!r} is {found.status}; see job {found.job_id}.", retry_after_s=2)
+    return found

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import ANONYMOUS, Authenticator
+from service.core.disconnect import CallerGone
 from service.core.errors import Invalid, TooLarge, TooSlow
 from service.core.settings import Settings
 from service.problems import problem_response
@@ -66,7 +67,7 @@ class Gate:
             if declared.isdigit() and int(declared) > limit:
                 raise TooLarge(_too_large(int(declared), limit))
             await self.app(scope, self.limited(receive, limit), send_with_id)
-        except ClientDisconnect:
+        except (ClientDisconnect, CallerGone):
             status = CLIENT_GONE
         except Exception as error:
             if status:  # the answer is on its way; all that is left is to cut the connection

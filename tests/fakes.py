@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,9 @@ class FakeInference:
         self.dim = dim
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.answer: Response | None = None  # given in place of everything else
+        self.hold = threading.Event()  # while it is not set, classify does not answer
+        self.hold.set()
+        self.gone = threading.Event()  # set when a held caller hung up
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -97,6 +102,11 @@ class FakeInference:
 
     async def _classify(self, request: Request) -> Response:
         options, images = self._images("classify", await request.body())
+        while not self.hold.is_set():
+            if await request.is_disconnected():
+                self.gone.set()
+                break
+            await asyncio.sleep(0.01)
         results = [_predictions(image, options) for image in images]
         return self.answer or _json({"gamma": options["gamma"] or 0.0, "results": results})
 

@@ -6,12 +6,14 @@ different requests together; each request is answered as soon as its own images 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import wait as wait_for
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,23 @@ import torch
 from torch import Tensor
 
 from models.base import FloatArray
-from models.data.images import DEFAULT_LIMITS, ImageLimits, decode_image
-from models.embedding.extraction import FLOAT16_MAX, decoded_side
-from models.embedding.patches import cut_patches, patch_boxes
+from models.data.images import DEFAULT_LIMITS, ImageLimits
 from models.errors import UnreadableImage
-from models.params import PatchParams
+from workers.batches import (
+    GIVEN_UP,
+    EngineBusy,
+    EngineClosed,
+    EngineSick,
+    EngineStats,
+    EngineTooLate,
+    Pulse,
+    Ready,
+    Request,
+    alike,
+    answers,
+    forward,
+    prepare_image,
+)
 from workers.predictions import (
     FeatureExtractor,
     ImageError,
@@ -38,58 +52,28 @@ from workers.predictions import (
     relate,
 )
 
-__all__ = ["Engine", "EngineBusy", "EngineClosed", "EngineStats", "ImageError", "Prediction", "Resident"]
+__all__ = [
+    "Engine",
+    "EngineBusy",
+    "EngineClosed",
+    "EngineSick",
+    "EngineStats",
+    "EngineTooLate",
+    "ImageError",
+    "Prediction",
+    "Resident",
+    "prepare_image",
+]
 
 Answer = list[Prediction] | ImageError
-
-
-class EngineBusy(Exception):
-    """As many images as the engine takes are waiting; nothing of the request was started."""
-
-
-class EngineClosed(Exception):
-    """The engine is shut down."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Since the start: images and batches run, seconds the device worked; and images waiting now."""
-
-    n_images: int
-    n_batches: int
-    busy_s: float
-    n_waiting: int
-
-
-@dataclass(eq=False)
-class _Request:
-    """Images on their way, the rows they have so far, and the future of all their answers."""
-
-    backbone: FeatureExtractor
-    size: int
-    finish: Callable[[FloatArray], Sequence[Any]]
-    rows: list[FloatArray | ImageError | None]
-    n_left: int
-    future: Future[list[Any]] = field(default_factory=Future)
-
-    def give_up(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-        return self.future.cancelled()
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """One decoded image: uint8 (3, size, size), and where its answer belongs."""
-
-    pixels: Tensor
-    request: _Request
-    position: int
+FRESH_S = 5.0
+"""How long a batch that went well proves that the device does."""
 
 
 class Engine:
     """Classifies images with whichever residents it is given; safe to call from many threads.
 
-    device: a label for reports; the residents' backbones and classifiers say where they run.
+    device: for reports and probes; the residents' backbones and classifiers say where they run.
     max_batch: images a forward pass. max_wait_ms: how long a batch that is not full waits for images still being
     decoded; with none on the way it never waits. max_pending: images accepted and not yet answered.
     """
@@ -110,13 +94,16 @@ class Engine:
         self._max_pending = max_pending
         self._limits = limits
         self._changed = threading.Condition()
-        self._ready: deque[_Ready] = deque()
-        self._open: set[_Request] = set()
+        self._ready: deque[Ready] = deque()
+        self._open: set[Request] = set()
         self._n_pending = 0
         self._n_decoding = 0
         self._closed = False
         self._n_images = self._n_batches = 0
         self._busy_s = 0.0
+        self._pulse = Pulse(device)
+        self._last_network: tuple[weakref.ref[FeatureExtractor], int] = (weakref.ref(self._pulse), 32)
+        self._last_end = self._last_success = -math.inf
         self._torch_threads = torch.get_num_threads()
         self._decoders = _started_pool(decode_threads)
         self._thread = threading.Thread(target=self._run, name=f"inference-{device}", daemon=True)
@@ -137,28 +124,20 @@ class Engine:
         class_names: Sequence[str] | None = None,
         top_k: int = 5,
         gamma: float | None = None,
-    ) -> list[Answer]:
-        """The answers of `submit`, waited for."""
-        return self.submit(resident, images, scope=scope, class_names=class_names, top_k=top_k, gamma=gamma).result()
-
-    def submit(
-        self,
-        resident: Resident,
-        images: Sequence[bytes],
-        *,
-        scope: Scope = "all",
-        class_names: Sequence[str] | None = None,
-        top_k: int = 5,
-        gamma: float | None = None,
+        timeout_s: float = math.inf,
     ) -> Future[list[Answer]]:
         """For each image file the `top_k` classes, best first, or why this image could not be read.
 
         scope, class_names: which classes compete. gamma: handicap of seen classes; None: the resident's.
-        Raises EngineBusy, EngineClosed, and InvalidInput for classes that cannot compete; cancelling the future
-        spares the images that have not run yet.
+        Raises EngineBusy, EngineClosed, and InvalidInput for classes that cannot compete. The future fails with
+        EngineTooLate after `timeout_s`; that, and cancelling it, spares the images that have not run yet.
         """
         classes = competing(resident, scope, class_names)
-        return self._submit(resident, images, lambda rows: rank(resident, rows, classes, k=top_k, gamma=gamma))
+
+        def finish(rows: FloatArray) -> Sequence[Any]:
+            return rank(resident, rows, classes, k=top_k, gamma=gamma)
+
+        return self._submit(resident, images, finish, timeout_s)
 
     def infer(
         self,
@@ -168,22 +147,70 @@ class Engine:
         tau: float = 0.0,
         top_k: int = 10,
         class_names: Sequence[str] | None = None,
-    ) -> list[Relatives | ImageError]:
-        """For each image file the classes that it is most like and most unlike, or why it could not be read."""
+        timeout_s: float = math.inf,
+    ) -> Future[list[Relatives | ImageError]]:
+        """For each image file the classes that it is most like and most unlike; as `classify` otherwise."""
         classes = competing(resident, "all", class_names)
-        return self._submit(resident, images, lambda rows: relate(resident, rows, classes, tau=tau, k=top_k)).result()
+
+        def finish(rows: FloatArray) -> Sequence[Any]:
+            return relate(resident, rows, classes, tau=tau, k=top_k)
+
+        return self._submit(resident, images, finish, timeout_s)
 
     def look(
-        self, resident: Resident, images: Sequence[bytes], *, top_k: int = 8, class_names: Sequence[str] | None = None
-    ) -> list[Look | ImageError]:
-        """For each image file where the classifier looks, or why it could not be read; InvalidInput where it cannot."""
+        self,
+        resident: Resident,
+        images: Sequence[bytes],
+        *,
+        top_k: int = 8,
+        class_names: Sequence[str] | None = None,
+        timeout_s: float = math.inf,
+    ) -> Future[list[Look | ImageError]]:
+        """For each image file where the classifier looks; the future fails with InvalidInput where it cannot."""
         classes = competing(resident, "all", class_names)
-        return self._submit(resident, images, lambda rows: look(resident, rows, classes, k=top_k)).result()
+        return self._submit(resident, images, lambda rows: look(resident, rows, classes, k=top_k), timeout_s)
+
+    def probe(self, timeout_s: float = 30.0) -> None:
+        """Have the device compute: one image through the network used last, unless a batch went well just now.
+
+        Raises EngineSick where that fails, gives no numbers, or nothing comes to an end within `timeout_s`, and
+        EngineClosed.
+        """
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("The inference engine is shut down.")
+            if time.monotonic() - self._last_success < FRESH_S:
+                return
+            network, size = self._last_network
+            request = Request(network() or self._pulse, size, list, [None], 1)  # it may have been thrown out
+            self._open.add(request)
+            self._n_pending += 1
+            self._ready.append(Ready(torch.full((3, size, size), 128, dtype=torch.uint8), request, 0))
+            self._changed.notify_all()
+        since = time.monotonic()
+        while not wait_for([request.future], timeout=max(0.0, since + timeout_s - time.monotonic())).done:
+            since = max(since, self._last_end)  # a long queue is no illness
+            if time.monotonic() - since > timeout_s or not self._thread.is_alive():
+                request.future.cancel()
+                raise EngineSick(f"The device has not finished a batch for {timeout_s:g} s.")
+        try:
+            [row] = request.future.result()
+        except EngineClosed:
+            raise
+        except Exception as error:
+            raise EngineSick(f"The device failed: {error}") from error
+        if not np.isfinite(row).all():
+            raise EngineSick("The device gives features that are no numbers.")
 
     def _submit(
-        self, resident: Resident, images: Sequence[bytes], finish: Callable[[FloatArray], Sequence[Any]]
+        self,
+        resident: Resident,
+        images: Sequence[bytes],
+        finish: Callable[[FloatArray], Sequence[Any]],
+        timeout_s: float,
     ) -> Future[list[Any]]:
-        request = _Request(resident.backbone, resident.size, finish, [None] * len(images), len(images))
+        deadline = time.monotonic() + timeout_s
+        request = Request(resident.backbone, resident.size, finish, [None] * len(images), len(images), deadline)
         if not images:
             request.future.set_result([])
             return request.future
@@ -205,10 +232,6 @@ class Engine:
             pass
         return request.future
 
-    def is_alive(self) -> bool:
-        """Whether the thread that owns the device still runs."""
-        return self._thread.is_alive() and not self._closed
-
     def stats(self) -> EngineStats:
         """Counters for the metrics page."""
         with self._changed:
@@ -228,11 +251,11 @@ class Engine:
 
     # -- decoding, in the pool -----------------------------------------------------------------------------------------
 
-    def _decode(self, data: bytes, request: _Request, position: int) -> None:
+    def _decode(self, data: bytes, request: Request, position: int) -> None:
         pixels: Tensor | None = None
         outcome: ImageError | None = None
         try:
-            if not request.give_up():
+            if not request.is_over():
                 pixels = prepare_image(data, request.size, self._limits)
         except UnreadableImage as error:
             outcome = ImageError(error.reason)
@@ -241,41 +264,52 @@ class Engine:
         with self._changed:
             self._n_decoding -= 1
             if pixels is not None:
-                self._ready.append(_Ready(pixels, request, position))
+                self._ready.append(Ready(pixels, request, position))
             self._changed.notify_all()
         if pixels is None:
-            self._settle(request, [(position, outcome or ImageError("The request was given up."))])
+            self._settle(request, [(position, outcome or GIVEN_UP)])
 
     # -- the device's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         torch.set_num_threads(self._torch_threads)  # the decoders' 1 is partly the whole process's
         while True:
-            batch = self._next_batch()
-            if batch is None:
-                return
+            batch, dropped = self._next_batch()
+            for item in dropped:
+                self._settle(item.request, [(item.position, GIVEN_UP)])
+            if not batch:
+                if self._closed:
+                    return
+                continue
             started = time.monotonic()
             rows: FloatArray | None = None
             try:
-                rows = _forward(batch)
+                rows = forward(batch)
             except Exception as error:  # out of memory, a sick device: these requests fail, the thread lives on
                 for item in batch:
                     self._fail(item.request, error)
             with self._changed:
                 self._n_batches += 1
                 self._n_images += len(batch)
-                self._busy_s += time.monotonic() - started
+                self._last_end = time.monotonic()
+                self._busy_s += self._last_end - started
+                self._last_network = weakref.ref(batch[0].request.backbone), batch[0].request.size
+                if rows is not None and np.isfinite(rows).all():
+                    self._last_success = self._last_end
             for request in dict.fromkeys(item.request for item in batch):
                 mine = [(item.position, i) for i, item in enumerate(batch) if item.request is request]
                 gone = ImageError("The network failed on this image.")
                 self._settle(request, [(position, gone if rows is None else rows[i]) for position, i in mine])
 
-    def _next_batch(self) -> list[_Ready] | None:
-        """Images for one forward pass: of one backbone and size, the oldest first. None when the engine closes."""
+    def _next_batch(self) -> tuple[list[Ready], list[Ready]]:
+        """Images for one forward pass, of one backbone and size, the oldest first; and those nobody waits for.
+
+        Both are empty when the engine closes.
+        """
         with self._changed:
             while not self._ready:
                 if self._closed:
-                    return None
+                    return [], []
                 self._changed.wait()
             deadline = time.monotonic() + self._max_wait_s
             while not self._closed and self._n_decoding and self._n_alike() < self._max_batch:
@@ -284,21 +318,25 @@ class Engine:
                     break
                 self._changed.wait(left)
             if self._closed:
-                return None
-            batch: list[_Ready] = []
-            others: deque[_Ready] = deque()
-            first = self._ready[0].request
+                return [], []
+            batch: list[Ready] = []
+            dropped: list[Ready] = []
+            others: deque[Ready] = deque()
             for item in self._ready:
-                alike = _alike(item.request, first) and len(batch) < self._max_batch
-                (batch if alike else others).append(item)
+                if item.request.is_over():
+                    dropped.append(item)
+                elif len(batch) < self._max_batch and (not batch or alike(item.request, batch[0].request)):
+                    batch.append(item)
+                else:
+                    others.append(item)
             self._ready = others
-            return batch
+            return batch, dropped
 
     def _n_alike(self) -> int:
         first = self._ready[0].request
-        return sum(_alike(item.request, first) for item in self._ready)
+        return sum(alike(item.request, first) for item in self._ready)
 
-    def _settle(self, request: _Request, outcomes: Sequence[tuple[int, FloatArray | ImageError]]) -> None:
+    def _settle(self, request: Request, outcomes: Sequence[tuple[int, FloatArray | ImageError]]) -> None:
         """Enter rows or errors of a request's images; the last ones answer it."""
         with self._changed:
             for position, outcome in outcomes:
@@ -308,48 +346,26 @@ class Engine:
             is_last = request.n_left == 0
         if is_last and self._claim(request):
             try:
-                answers = _answers(request)
+                if time.monotonic() > request.deadline:
+                    raise EngineTooLate("The request's time was over before its last image had run.")
+                found = answers(request)
             except Exception as error:  # the classifier's own; it belongs to the caller
                 request.future.set_exception(error)
             else:
-                request.future.set_result(answers)
+                request.future.set_result(found)
 
-    def _fail(self, request: _Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
         """End the request with `error`, unless it has ended."""
         if self._claim(request):
             request.future.set_exception(error)
 
-    def _claim(self, request: _Request) -> bool:
+    def _claim(self, request: Request) -> bool:
         """True for the first who asks to end this request, if anybody still waits for it."""
         with self._changed:
             if request not in self._open:
                 return False
             self._open.discard(request)
         return request.future.set_running_or_notify_cancel()
-
-
-def prepare_image(data: bytes, size: int, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
-    """An image file as the backbone saw it in training: the whole of it, uint8 (3, size, size)."""
-    params = PatchParams(method="whole", size=size)
-    image = decode_image(data, limits, target_side=decoded_side(params))
-    return cut_patches(image, patch_boxes(image, params), size)[0]
-
-
-def _forward(batch: Sequence[_Ready]) -> FloatArray:
-    """Features (B, feature_dim) float32, rounded to float16 in between as the stored training features were."""
-    images = torch.stack([item.pixels for item in batch]).contiguous(memory_format=torch.channels_last)
-    features = batch[0].request.backbone.features(images).clamp(-FLOAT16_MAX, FLOAT16_MAX)
-    return np.asarray(features.to(torch.float16).cpu().numpy(), np.float32)
-
-
-def _answers(request: _Request) -> list[Any]:
-    rows = [row for row in request.rows if isinstance(row, np.ndarray)]
-    ranked = iter(request.finish(np.stack(rows)) if rows else ())
-    return [row if isinstance(row, ImageError) else next(ranked) for row in request.rows if row is not None]
-
-
-def _alike(one: _Request, other: _Request) -> bool:
-    return one.backbone == other.backbone and one.size == other.size
 
 
 def _started_pool(n_threads: int) -> ThreadPoolExecutor:

@@ -6,15 +6,22 @@ writes neither: what it predicts, the API stores.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
+import io
+import os
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
 import uvicorn
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -23,18 +30,25 @@ from starlette.routing import Route
 
 from models.data.images import ImageLimits
 from models.errors import ModelError
-from service.core.errors import Invalid, ServiceError, Unavailable, problem_of
+from service.core.disconnect import CallerGone, unless_gone
+from service.core.errors import Invalid, ServiceError, TooLate, Unavailable, problem_of
 from service.core.logging import configure_logging
 from service.core.process import COMPUTE_ENVIRONMENT, restart_with
+from service.core.repositories import ClassifierState
 from service.core.settings import Settings
-from workers.engine import Engine, EngineBusy, ImageError
-from workers.library import Library
+from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, ImageError
+from workers.library import Competing, Library
 from workers.predictions import Look
 from workers.runner import open_services
 from workers.runtime import choose_device
 
 log = structlog.get_logger("unseen.inference")
 Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
+GRACE_S = 2.0
+CLIENT_GONE = 499
+SICK = 70
+"""Exit status: the device failed."""
 
 
 class Inference:
@@ -45,10 +59,21 @@ class Inference:
         self.engine = engine
 
     async def health(self, _request: Request) -> Response:
-        """The process answers and its engine's thread is alive."""
-        if not self.engine.is_alive():
-            raise Unavailable("The inference thread has died; the process restarts.", retry_after_s=3)
+        """The process answers, and its device computes: an image went through a network now or moments ago."""
+        await run_in_threadpool(self.engine.probe)
         return _json({"status": "ok", "device": self.engine.device, "resident": self.library.resident_names()})
+
+    def warm_up(self) -> None:
+        """Load the newest classifier and send an image through it, so that the first request finds all in place."""
+        try:
+            newest = self.library.newest_classifier()
+            if newest is not None:
+                competing = self.library.competing(self.library.state(newest), "all", None)
+                blank = io.BytesIO()
+                Image.new("RGB", (64, 64)).save(blank, "JPEG")
+                self.engine.classify(competing.resident, [blank.getvalue()], class_names=competing.names).result()
+        except Exception as error:  # whoever asks for it will hear what is wrong with it
+            log.warning("warm-up failed", error=str(error))
 
     async def lookup(self, request: Request) -> Response:
         """How names resolve in a knowledge source."""
@@ -74,43 +99,60 @@ class Inference:
     async def classify(self, request: Request) -> Response:
         """Predictions for images that follow the options in the body (see `service.inference_client`)."""
         options, images = split_body(await request.body())
-        competing = await run_in_threadpool(
-            self.library.competing, options["classifier_id"], options["scope"], options["class_names"]
-        )
+        competing = await self._competing(options, options["scope"], options["class_names"])
         gamma = competing.resident.gamma if options["gamma"] is None else float(options["gamma"])
-        answers = await run_in_threadpool(
-            self.engine.classify,
+        timeout_s = options["timeout_s"]
+        future = self.engine.classify(
             competing.resident,
             images,
             class_names=competing.names,
             top_k=options["top_k"],
             gamma=gamma,
+            timeout_s=timeout_s,
         )
+        answers = await _answers_of(request, future, timeout_s)
         results = [_result(answer, competing.provenance if options["explain"] else None) for answer in answers]
         return _json({"gamma": gamma, "results": results})
 
     async def infer(self, request: Request) -> Response:
         """What images of classes that nobody has described are like."""
         options, images = split_body(await request.body())
-        competing = await run_in_threadpool(
-            self.library.competing, options["classifier_id"], "all", options["class_names"]
+        competing = await self._competing(options, "all", options["class_names"])
+        timeout_s = options["timeout_s"]
+        future = self.engine.infer(
+            competing.resident, images, tau=options["tau"], top_k=options["top_k"], timeout_s=timeout_s
         )
-        found = await run_in_threadpool(
-            self.engine.infer, competing.resident, images, tau=options["tau"], top_k=options["top_k"]
-        )
+        found = await _answers_of(request, future, timeout_s)
         return _json({"results": [_relatives(answer) for answer in found]})
 
     async def look(self, request: Request) -> Response:
         """Where a classifier looks in images, for the class named or the likeliest one."""
         options, images = split_body(await request.body())
         named = [options["class_name"]] if options["class_name"] is not None else None
-        classifier_id = options["classifier_id"]
-        competing = await run_in_threadpool(self.library.competing, classifier_id, "all", named)
-        names = await run_in_threadpool(self.library.dimension_names, classifier_id)
-        found = await run_in_threadpool(
-            self.engine.look, competing.resident, images, class_names=competing.names, top_k=options["top_k"]
+        competing = await self._competing(options, "all", named)
+        names = await run_in_threadpool(self.library.dimension_names, options["classifier"]["id"])
+        timeout_s = options["timeout_s"]
+        future = self.engine.look(
+            competing.resident, images, class_names=competing.names, top_k=options["top_k"], timeout_s=timeout_s
         )
+        found = await _answers_of(request, future, timeout_s)
         return _json({"results": [_look(answer, names) for answer in found]})
+
+    async def _competing(self, options: dict[str, Any], scope: str, names: Sequence[str] | None) -> Competing:
+        """The classes of a request, by the state of the classifier as the API has just read it."""
+        state = ClassifierState(**options["classifier"])
+        if names is None and (held := self.library.competing_at_once(state, scope)) is not None:
+            return held
+        return await run_in_threadpool(self.library.competing, state, scope, names)
+
+
+async def _answers_of(request: Request, future: Future[list[T]], timeout_s: float) -> list[T]:
+    """What the engine answers; it is spared the rest when nobody waits any more, or the time is over."""
+    try:
+        async with asyncio.timeout(timeout_s + GRACE_S):  # should the device hang, nobody else would say so
+            return await unless_gone(request.receive, asyncio.wrap_future(future))
+    except TimeoutError:
+        raise EngineTooLate from None
 
 
 def split_body(body: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -165,8 +207,14 @@ def _answering(handler: Handler) -> Handler:
     async def answer(request: Request) -> Response:
         try:
             return await handler(request)
+        except CallerGone:
+            return Response(status_code=CLIENT_GONE)  # nobody is there to read it
         except EngineBusy:
             error: Exception = Unavailable("Too many images are waiting. Try again shortly.", retry_after_s=1)
+        except EngineTooLate:
+            error = TooLate("The time given for the request was over before its last image had run.")
+        except EngineSick as sick:
+            error = Unavailable(f"{sick} The inference process restarts if that lasts.", retry_after_s=5)
         except (ServiceError, ModelError) as known:
             error = known
         except Exception as unknown:
@@ -181,6 +229,28 @@ def _answering(handler: Handler) -> Handler:
     return answer
 
 
+def watch(engine: Engine, *, every_s: float = 10.0, tries: int = 3, end: Callable[[int], object] = os._exit) -> None:
+    """Probe the device for as long as the engine runs; end the process when it failed `tries` times in a row.
+
+    A CUDA context that has failed never recovers, and a thread that hangs cannot be ended: only a new process helps,
+    which the supervisor, or the container's restart policy, starts.
+    """
+    n_failed = 0
+    while True:
+        try:
+            engine.probe()
+            n_failed = 0
+        except EngineClosed:
+            return
+        except EngineSick as sick:
+            n_failed += 1
+            log.error("the device is sick", reason=str(sick), times=n_failed)
+            if n_failed >= tries:
+                end(SICK)
+                return
+        time.sleep(every_s)
+
+
 def create_inference_app(settings: Settings) -> Starlette:
     """The ASGI app; models are loaded when first asked for."""
     services = open_services(settings)
@@ -191,6 +261,8 @@ def create_inference_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        threading.Thread(target=inference.warm_up, name="warm-up", daemon=True).start()
+        threading.Thread(target=watch, args=(engine,), name="watchdog", daemon=True).start()
         yield
         engine.close()
 

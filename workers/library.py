@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -24,6 +24,7 @@ from service.core import repositories
 from service.core.artifacts import ArtifactStore
 from service.core.db import Database
 from service.core.errors import Conflict
+from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE
@@ -33,6 +34,9 @@ from workers.predictions import Resident
 from workers.sources import fast_backbone, feature_network, open_backbone, open_knowledge, unpack
 from workers.training import CLASSES_FILE, DIMENSIONS_FILE
 from workers.training_inputs import EMBEDDER_FILES
+
+if TYPE_CHECKING:
+    from models.backbones import FeatureNetwork
 
 CLASSIFIER_FILES = ("manifest.json", "model.safetensors")
 
@@ -79,10 +83,18 @@ class Library:
         self._device = device
         self._cache: ModelCache[Any] = ModelCache(settings.max_resident_bytes, _parts)
         self._uses: dict[str, str] = {}  # digest of a backbone -> a classifier that was trained with it
+        self._prepared: set[tuple[str, int]] = set()  # digest and size of networks that were, or are being, prepared
 
     def resident_names(self) -> list[str]:
         """Ids of the classifiers held."""
         return [key.removeprefix("classifier:") for key in self._cache.names() if key.startswith("classifier:")]
+
+    def newest_classifier(self) -> str | None:
+        """Id of the newest one that is ready and reads images."""
+        with self._database.read() as session:
+            newest = repositories.newest_classifier(session)
+            reads_images = newest and repositories.get(session, Classifier, newest).metrics.get("backbone")
+        return newest if reads_images else None
 
     def lookup(self, knowledge_id: str, names: Sequence[str]) -> Lookup:
         """How names resolve in a knowledge source."""
@@ -107,19 +119,31 @@ class Library:
             for resolution, vector, coefficients in zip(lookup.resolutions, vectors, relations, strict=True)
         ]
 
-    def competing(self, classifier_id: str, scope: str, class_names: Sequence[str] | None) -> Competing:
-        """The classes of a request: all of a scope, or those named; names it does not know are predicted."""
+    def state(self, classifier_id: str) -> ClassifierState:
+        """How a classifier stands now; NotFound where there is none."""
         with self._database.read() as session:
-            row = repositories.get(session, Classifier, classifier_id)
-            version = (
-                repositories.get(session, EmbeddingSet, row.embedding_set_id).version if row.embedding_set_id else 0
-            )
-        resident: Resident = self._cache.get(
-            f"classifier:{classifier_id}", lambda: self._open_classifier(classifier_id)
-        )
-        table: _ClassTable = self._cache.get(
-            f"classes:{classifier_id}:{version}", lambda: self._read_table(classifier_id)
-        )
+            return repositories.classifier_state(session, classifier_id)
+
+    def competing(self, state: ClassifierState, scope: str, class_names: Sequence[str] | None) -> Competing:
+        """The classes of a request: all of a scope, or those named; names it does not know are predicted."""
+        resident: Resident = self._cache.get(f"classifier:{state.id}", lambda: self._open_classifier(state.id))
+        table: _ClassTable = self._cache.get(f"classes:{state.id}:{state.version}", lambda: self._read_table(state.id))
+        return self._among(resident, table, state, scope, class_names)
+
+    def competing_at_once(self, state: ClassifierState, scope: str) -> Competing | None:
+        """All classes of a scope; None where that would take a look at a disk or a database."""
+        resident: Resident | None = self._cache.held(f"classifier:{state.id}")
+        table: _ClassTable | None = self._cache.held(f"classes:{state.id}:{state.version}")
+        return None if resident is None or table is None else self._among(resident, table, state, scope, None)
+
+    def _among(
+        self,
+        resident: Resident,
+        table: _ClassTable,
+        state: ClassifierState,
+        scope: str,
+        class_names: Sequence[str] | None,
+    ) -> Competing:
         in_scope = {"all": np.ones_like(table.is_seen), "seen": table.is_seen, "unseen": ~table.is_seen}[scope]
         if class_names is None:
             chosen = np.flatnonzero(in_scope)
@@ -127,7 +151,7 @@ class Library:
             found = _rows(table, chosen)
         else:
             names = list(class_names)
-            found = self._named(row, table, names, in_scope)
+            found = self._named(state, table, names, in_scope)
         if not names:
             raise InvalidInput(f"The classifier has no {scope} classes.", field="scope")
         embeddings, is_seen, origin = found
@@ -144,7 +168,7 @@ class Library:
         return None if key is None else tuple(json.loads(self._store.read_bytes(key)))
 
     def _named(
-        self, row: Classifier, table: _ClassTable, names: Sequence[str], in_scope: np.ndarray[Any, Any]
+        self, state: ClassifierState, table: _ClassTable, names: Sequence[str], in_scope: np.ndarray[Any, Any]
     ) -> tuple[FloatArray, np.ndarray[Any, Any], dict[str, dict[str, Any]]]:
         positions = [table.position.get(normalize_class_name(name)) for name in names]
         only_seen = bool((in_scope == table.is_seen).all())  # then names to be predicted are outside, too
@@ -160,17 +184,17 @@ class Library:
                 embeddings[i], is_seen[i] = table.embeddings[position], table.is_seen[position]
                 if table.names[position] in table.provenance:
                     origin[names[i]] = table.provenance[table.names[position]]
-        for (i, name), (vector, how) in zip(new, self._predicted(row, [name for _, name in new]), strict=True):
+        for (i, name), (vector, how) in zip(new, self._predicted(state, [name for _, name in new]), strict=True):
             embeddings[i], origin[name] = vector, how
         return embeddings, is_seen, origin
 
-    def _predicted(self, row: Classifier, names: Sequence[str]) -> list[tuple[FloatArray, dict[str, Any]]]:
+    def _predicted(self, state: ClassifierState, names: Sequence[str]) -> list[tuple[FloatArray, dict[str, Any]]]:
         if not names:
             return []
-        if row.embedding_set_id is not None:
-            classes = self.relate(row.embedding_set_id, names)
+        if state.embedding_set_id is not None:
+            classes = self.relate(state.embedding_set_id, names)
             return [(np.frombuffer(c.vector, dtype="<f4"), c.provenance) for c in classes]
-        lookup = self.lookup(row.knowledge_id or "", names)
+        lookup = self.lookup(state.knowledge_id or "", names)
         vectors = require(lookup, field="class_names")
         return [
             (vector, {"source": "knowledge", "knowledge": resolution.how})
@@ -211,8 +235,7 @@ class Library:
         backbone = self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest))
         network = feature_network(backbone, row.method, size, row.params)
         if network is backbone:  # one for all classifiers on it
-            make = partial(fast_backbone, backbone, size, self._settings)
-            network = self._cache.get(f"network:{digest}:{size}", make)
+            network = self._cache.get(f"network:{digest}:{size}", lambda: self._open_network(backbone, size))
         return Resident(
             classifier=model,
             backbone=network,
@@ -223,6 +246,25 @@ class Library:
             gamma=model.gamma_,
             temperature=model.temperature_,
         )
+
+    def _open_network(self, backbone: FeatureNetwork, size: int) -> FeatureNetwork:
+        """What computes a backbone's features soonest; where that has to be prepared first, the backbone until then."""
+        at_once = self._settings.backend != "auto"
+        network = fast_backbone(backbone, size, self._settings, may_convert=at_once)
+        if network is backbone and not at_once and (backbone.digest, size) not in self._prepared:
+            self._prepared.add((backbone.digest, size))
+            threading.Thread(target=self._prepare, args=(backbone, size), name="prepare", daemon=True).start()
+        return network
+
+    def _prepare(self, backbone: FeatureNetwork, size: int) -> None:
+        network = fast_backbone(backbone, size, self._settings)
+        if network is not backbone:
+            key = f"network:{backbone.digest}:{size}"
+            self._cache.drop(key)
+            self._cache.get(key, lambda: network)
+            for held in self._cache.names():  # those in use go on with what they have; the next request takes the new
+                if held.startswith("classifier:"):
+                    self._cache.drop(held)
 
     def _open_backbone(self, digest: str) -> Any:
         """One network for all classifiers that were trained with it."""

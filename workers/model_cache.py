@@ -33,15 +33,15 @@ class ModelCache(Generic[V]):
 
     def get(self, key: str, make: Callable[[], V]) -> V:
         """The value of `key`, from `make` where it is not held; what that raises passes through."""
+        value = self.held(key)
+        if value is not None:
+            return value
         with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key][0]
             making = self._making.setdefault(key, threading.Lock())
         with making:
-            with self._lock:
-                if key in self._values:
-                    return self._values[key][0]
+            value = self.held(key)
+            if value is not None:
+                return value
             value = make()
             with self._lock:
                 self._values[key] = (value, dict(self._parts_of(value)))
@@ -49,6 +49,14 @@ class ModelCache(Generic[V]):
                 while len(self._values) > 1 and self._n_bytes() > self._max_bytes:
                     self._values.popitem(last=False)
             return value
+
+    def held(self, key: str) -> V | None:
+        """The value of `key`, if it is there already."""
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
 
     def drop(self, key: str) -> None:
         """Forget `key`, if held."""

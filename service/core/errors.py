@@ -10,6 +10,7 @@ ServiceError
 ├── Forbidden              the key lacks the scope
 ├── RateLimited            too many requests for this key
 ├── TooSlow                the body did not arrive in time
+├── TooLate                the time given for the answer was over
 ├── Unavailable            Redis, database, store or inference process cannot answer now; try again
 └── WorkerLost             a job's worker died every time it was tried
 
@@ -101,6 +102,12 @@ class TooSlow(ServiceError):
     status, title, slug = 408, "Request timeout", "request-timeout"
 
 
+class TooLate(ServiceError):
+    """The time given for the answer was over before it was there."""
+
+    status, title, slug = 504, "Deadline exceeded", "deadline-exceeded"
+
+
 class Unavailable(ServiceError):
     """A part that is needed cannot answer now."""
 
@@ -123,6 +130,7 @@ ERRORS: tuple[type[ServiceError], ...] = (
     Forbidden,
     RateLimited,
     TooSlow,
+    TooLate,
     Unavailable,
     WorkerLost,
 )

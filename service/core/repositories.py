@@ -41,8 +41,12 @@ def get(session: Session, table: type[Row], row_id: str) -> Row:
     """The row, or NotFound naming kind and id."""
     row = session.get(table, row_id)
     if row is None:
-        raise NotFound(f"There is no {NAMES[table]} {row_id!r}. List the existing ones with GET.")
+        raise _missing(table, row_id)
     return row
+
+
+def _missing(table: type[Base], row_id: str) -> NotFound:
+    return NotFound(f"There is no {NAMES[table]} {row_id!r}. List the existing ones with GET.")
 
 
 def page(
@@ -218,9 +222,38 @@ def class_names_of(session: Session, set_id: str) -> list[tuple[str, bool]]:
     return [(name, is_seen) for name, is_seen in session.execute(query)]
 
 
-def latest_classifier(session: Session, method: str | None = None) -> Classifier | None:
-    """The newest ready classifier, of a method if one is given."""
-    query = select(Classifier).where(Classifier.status == "ready").order_by(Classifier.id.desc())
+@dataclass(frozen=True)
+class ClassifierState:
+    """What answering with a classifier needs of its row; metrics, which may be large, stay unread.
+
+    version: of its embedding set; 0 without one.
+    """
+
+    id: str
+    method: str
+    status: str
+    job_id: str | None
+    embedding_set_id: str | None
+    knowledge_id: str | None
+    version: int
+
+
+def classifier_state(session: Session, classifier_id: str) -> ClassifierState:
+    """Of one classifier; NotFound where there is none."""
+    columns = (
+        Classifier.id, Classifier.method, Classifier.status, Classifier.job_id, Classifier.embedding_set_id,
+        Classifier.knowledge_id, EmbeddingSet.version,
+    )  # fmt: skip
+    joined = select(*columns).outerjoin(EmbeddingSet, Classifier.embedding_set_id == EmbeddingSet.id)
+    found = session.execute(joined.where(Classifier.id == classifier_id)).first()
+    if found is None:
+        raise _missing(Classifier, classifier_id)
+    return ClassifierState(*found[:-1], version=found.version or 0)
+
+
+def newest_classifier(session: Session, method: str | None = None) -> str | None:
+    """The id of the newest ready classifier, of a method if one is given."""
+    query = select(Classifier.id).where(Classifier.status == "ready").order_by(Classifier.id.desc())
     if method is not None:
         query = query.where(Classifier.method == method)
     return session.scalars(query.limit(1)).first()

@@ -8,16 +8,25 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from models.data.images import ImageLimits, decode_image
 from models.data.overlays import SIDE, Tile, sheet
 from models.knowledge.names import validate_class_names
 from service.answers import AttentionOut
-from service.core.errors import Conflict, Invalid, NotFound, TooLarge, UnsupportedMedia
+from service.core.errors import Conflict, Invalid, NotFound, TooLarge, TooLate, UnsupportedMedia
 from service.deps import Parts, PartsDep
-from service.image_requests import ask, image_body, read_images, ready_classifier_id, stated, validated
+from service.image_requests import (
+    ImageOptions,
+    Timeout,
+    ask,
+    image_body,
+    read_images,
+    ready_classifier,
+    stated,
+    validated,
+)
 from service.json import FastJSON
 from service.problems import documented
 
@@ -25,10 +34,9 @@ router = APIRouter(prefix="/v1/classifiers", tags=["classify"])
 JPEG = "image/jpeg"
 
 
-class Options(BaseModel):
+class Options(ImageOptions):
     """What an attention request may say beside its images."""
 
-    model_config = ConfigDict(extra="forbid")
     class_name: str | None = Field(None, max_length=500)
     top_k: int = Field(8, ge=1, le=1000)
 
@@ -38,7 +46,7 @@ class Options(BaseModel):
     response_model=AttentionOut,
     responses={
         200: {"content": {JPEG: {"schema": {"type": "string", "format": "binary"}}}},
-        **documented(NotFound, Conflict, TooLarge, UnsupportedMedia),
+        **documented(NotFound, Conflict, TooLarge, UnsupportedMedia, TooLate),
     },
     openapi_extra=image_body(Options),
 )
@@ -50,12 +58,13 @@ async def attention(
         str | None, Query(max_length=500, description="Look for this class; default: the likeliest.")
     ] = None,
     top_k: Annotated[int | None, Query(ge=1, le=1000, description="Dimensions to show, the loudest first.")] = None,
+    timeout_s: Timeout = None,
 ) -> Response:
     """Where the classifier looks in images: all dimensions together, and those that speak loudest for the class.
 
     Answers numbers, or, to `Accept: image/jpeg` and one image, a picture with the maps laid over it.
     """
-    given = stated(class_name=class_name, top_k=top_k)
+    given = stated(class_name=class_name, top_k=top_k, timeout_s=timeout_s)
     images = await read_images(request, parts, given, Options.model_fields)
     options = validated(images.options, Options)
     if options.class_name is not None:
@@ -64,10 +73,10 @@ async def attention(
     wants_picture = JPEG in request.headers.get("accept", "")
     if wants_picture and len(images.images) != 1:
         raise Invalid(f"A picture shows one image, and {len(images.images)} were sent; send one, or accept JSON.")
-    chosen = await run_in_threadpool(ready_classifier_id, parts, classifier_id)
-    _, data = await ask(parts, parts.inference.look, {"classifier_id": chosen, **options.model_dump()}, images)
+    chosen = await run_in_threadpool(ready_classifier, parts, classifier_id)
+    _, data = await ask(request, parts, parts.inference.look, {"classifier": chosen, **options.model_dump()}, images)
     if not wants_picture:
-        return FastJSON({"classifier_id": chosen, "data": data})
+        return FastJSON({"classifier_id": chosen.id, "data": data})
     if data[0]["error"]:
         raise Invalid(f"The image could not be read: {data[0]['error']}")
     picture = await run_in_threadpool(_picture, parts, images.images[0], data[0])

@@ -7,14 +7,24 @@ import binascii
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
 from service.answers import ClassifyOut, HuggingFaceRequest
-from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
+from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, TooLate, UnsupportedMedia
 from service.deps import Parts, PartsDep
-from service.image_requests import ImageRequest, ask, image_body, read_images, ready_classifier_id, stated, validated
+from service.image_requests import (
+    ImageOptions,
+    ImageRequest,
+    Timeout,
+    ask,
+    image_body,
+    read_images,
+    ready_classifier,
+    stated,
+    validated,
+)
 from service.json import FastJSON
 from service.openapi import body_schema
 from service.problems import documented, invalid
@@ -24,10 +34,9 @@ router = APIRouter(prefix="/v1/classify", tags=["classify"])
 Scope = Literal["unseen", "seen", "all"]
 
 
-class Options(BaseModel):
+class Options(ImageOptions):
     """What a classify request may say beside its images."""
 
-    model_config = ConfigDict(extra="forbid")
     classifier_id: str | None = Field(None, max_length=40)
     scope: Scope = "all"
     class_names: list[str] | None = None
@@ -40,7 +49,7 @@ class Options(BaseModel):
 @router.post(
     "",
     response_model=ClassifyOut,
-    responses=documented(NotFound, Conflict, TooLarge, UnsupportedMedia),
+    responses=documented(NotFound, Conflict, TooLarge, UnsupportedMedia, TooLate),
     openapi_extra=image_body(Options, json=body_schema(HuggingFaceRequest)),
 )
 async def classify(
@@ -57,6 +66,7 @@ async def classify(
     min_score: Annotated[
         float | None, Query(ge=0, le=1, description="Abstain (abstained: true) where the best probability is lower.")
     ] = None,
+    timeout_s: Timeout = None,
 ) -> Response:
     """Recognises seen and unseen classes. Options go in the query, or, with multipart, in the form."""
     given = stated(
@@ -67,16 +77,17 @@ async def classify(
         gamma=gamma,
         explain=explain,
         min_score=min_score,
+        timeout_s=timeout_s,
     )
     if content_type_of(request) == "application/json":
-        return await _classify_hugging_face(await request.body(), parts, given)
+        return await _classify_hugging_face(request, parts, given)
     images = await read_images(request, parts, given, Options.model_fields)
-    return FastJSON(await run(parts, _options(images.options), images))
+    return FastJSON(await run(request, parts, _options(images.options), images))
 
 
-async def _classify_hugging_face(raw: bytes, parts: Parts, given: dict[str, Any]) -> Response:
+async def _classify_hugging_face(request: Request, parts: Parts, given: dict[str, Any]) -> Response:
     try:
-        body = HuggingFaceRequest.model_validate_json(raw)
+        body = HuggingFaceRequest.model_validate_json(await request.body())
         image = base64.b64decode(body.inputs.partition("base64,")[2] or body.inputs, validate=True)
     except ValidationError as error:
         raise invalid(error.errors(), HuggingFaceRequest) from None
@@ -86,7 +97,7 @@ async def _classify_hugging_face(raw: bytes, parts: Parts, given: dict[str, Any]
     given |= {"class_names": labels, "top_k": body.parameters.top_k or len(labels)}
     if body.classifier_id:
         given["classifier_id"] = body.classifier_id
-    result = (await run(parts, _options(given), ImageRequest([image], [None], given)))["data"][0]
+    result = (await run(request, parts, _options(given), ImageRequest([image], [None], given)))["data"][0]
     if result["error"]:
         raise Invalid(result["error"], problems=[Problem("/inputs", result["error"])])
     return FastJSON([{"label": p["label"], "score": p["score"]} for p in result["predictions"]])
@@ -102,13 +113,13 @@ def _options(given: dict[str, Any]) -> Options:
     return options.model_copy(update={"class_names": list(names)})
 
 
-async def run(parts: Parts, options: Options, images: ImageRequest) -> dict[str, Any]:
+async def run(request: Request, parts: Parts, options: Options, images: ImageRequest) -> dict[str, Any]:
     """Asks the inference process and shapes its answer."""
-    classifier_id = await run_in_threadpool(ready_classifier_id, parts, options.classifier_id)
-    asked = options.model_dump(exclude={"classifier_id", "min_score"}) | {"classifier_id": classifier_id}
-    answer, data = await ask(parts, parts.inference.classify, asked, images)
+    chosen = await run_in_threadpool(ready_classifier, parts, options.classifier_id)
+    asked = options.model_dump(exclude={"classifier_id", "min_score"}) | {"classifier": chosen}
+    answer, data = await ask(request, parts, parts.inference.classify, asked, images)
     for item in data:
         item.setdefault("explanation", None)
         best = max((p["score"] for p in item["predictions"]), default=None)
         item["abstained"] = best is not None and options.min_score is not None and best < options.min_score
-    return {"classifier_id": classifier_id, "scope": options.scope, "gamma": answer["gamma"], "data": data}
+    return {"classifier_id": chosen.id, "scope": options.scope, "gamma": answer["gamma"], "data": data}

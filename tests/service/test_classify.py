@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from starlette.responses import Response
 
@@ -45,9 +46,13 @@ def test_options_in_the_form_reach_the_inference_process(live_api: LiveApi, clas
     body = checked(live_api.client.post(URL, files={"images": ("a", image)}, data=form), ClassifyOut)
     kind, sent = live_api.inference.calls[-1]
     assert kind == "classify"
+    assert sent.pop("classifier") == {
+        "id": classifier, "method": "sje", "status": "ready", "job_id": "job_x", "embedding_set_id": None,
+        "knowledge_id": None, "version": 0,
+    }  # fmt: skip
     assert sent == {
-        "classifier_id": classifier, "scope": "unseen", "class_names": ["zebra", "ok, api"], "top_k": 1, "gamma": 0.25,
-        "explain": True, "sizes": [len(image)],
+        "scope": "unseen", "class_names": ["zebra", "ok, api"], "top_k": 1, "gamma": 0.25,
+        "explain": True, "sizes": [len(image)], "timeout_s": 60.0,
     }  # fmt: skip
     assert (body["gamma"], body["scope"]) == (0.25, "unseen")
     assert body["data"][0]["explanation"] is not None
@@ -182,6 +187,28 @@ def test_answers_of_a_sick_inference_process(
     assert "secret" not in body["detail"]
     if "retry-after" in answer.headers:
         assert response.headers["retry-after"] == "7"
+
+
+def test_a_deadline_reaches_the_inference_process_and_comes_back_as_504(live_api: LiveApi, classifier: str) -> None:
+    headers = {"content-type": "image/png"}
+    live_api.client.post(f"{URL}?timeout_s=2.5", content=png(1), headers=headers)
+    assert live_api.inference.calls[-1][1]["timeout_s"] == 2.5
+    live_api.inference.answer = Response(json.dumps({"detail": "Over."}), status_code=504)
+    try:
+        problem(live_api.client.post(URL, files={"images": ("a", png(1))}, data={"timeout_s": "1"}), 504, "Over")
+    finally:
+        live_api.inference.answer = None
+    problem(live_api.client.post(f"{URL}?timeout_s=0", content=png(1), headers=headers), 422, "timeout_s")
+
+
+def test_work_is_dropped_when_the_caller_hangs_up(live_api: LiveApi, classifier: str) -> None:
+    live_api.inference.hold.clear()
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            live_api.client.post(URL, files={"images": ("a", png(1))}, timeout=0.5)
+        assert live_api.inference.gone.wait(10)
+    finally:
+        live_api.inference.hold.set()
 
 
 def test_no_inference_process(start_api: Callable[..., LiveApi]) -> None:

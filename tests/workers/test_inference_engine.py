@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from models.embedding.extraction import ImageFeatures, extract_features
 from models.errors import InvalidInput, UnknownName
 from models.params import PatchParams
 from models.zero_shot.base import create_classifier
-from workers.engine import Engine, EngineBusy, EngineClosed, prepare_image
+from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, prepare_image
+from workers.inference import watch
 from workers.predictions import ImageError, Prediction, Relatives, Resident, rank
 
 NAMES = ("red", "green", "blue", "grey")
@@ -77,6 +79,17 @@ def engine() -> Iterator[Engine]:
     assert torch.get_num_threads() == threads
 
 
+def classified(engine: Engine, *args: Any, **options: Any) -> list[list[Prediction] | ImageError]:
+    return engine.classify(*args, **options).result(20)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def labels(answers: list[list[Prediction] | ImageError]) -> list[str | None]:
     return [None if isinstance(answer, ImageError) else answer[0].label for answer in answers]
 
@@ -84,14 +97,14 @@ def labels(answers: list[list[Prediction] | ImageError]) -> list[str | None]:
 def test_answers_come_in_the_order_of_the_images(engine: Engine) -> None:
     model = replace(resident(), class_names=NAMES[:3], embeddings=EMBEDDINGS[:3], is_seen=np.array([True, False, True]))
     images = [RED, BLUE, GREEN, BLUE] * 5
-    assert labels(engine.classify(model, images)) == ["red", "blue", "green", "blue"] * 5
-    assert engine.classify(model, []) == []
+    assert labels(classified(engine, model, images)) == ["red", "blue", "green", "blue"] * 5
+    assert classified(engine, model, []) == []
     assert engine.stats().n_images == 20
     assert engine.stats().n_waiting == 0
 
 
 def test_scores_are_softmax_of_calibrated_scores_over_temperature(engine: Engine) -> None:
-    answer = engine.classify(resident(), [RED], gamma=0.3, top_k=4)[0]
+    answer = classified(engine, resident(), [RED], gamma=0.3, top_k=4)[0]
     assert not isinstance(answer, ImageError)
     red = float(np.float16(200 / 255))
     scores = np.array([red - 0.3, 0, -0.3, red]) / 0.1
@@ -103,19 +116,19 @@ def test_scores_are_softmax_of_calibrated_scores_over_temperature(engine: Engine
 
 def test_scope_and_names_choose_who_competes_and_top_k_how_many_are_told(engine: Engine) -> None:
     model = resident()
-    unseen = engine.classify(model, [RED], scope="unseen")[0]
+    unseen = classified(engine, model, [RED], scope="unseen")[0]
     assert not isinstance(unseen, ImageError)
     assert [p.label for p in unseen] == ["grey", "green"]
     assert sum(p.score for p in unseen) == pytest.approx(1)
-    named = engine.classify(model, [RED], class_names=["blue", "red", "blue"], top_k=1)[0]
+    named = classified(engine, model, [RED], class_names=["blue", "red", "blue"], top_k=1)[0]
     assert not isinstance(named, ImageError)
     assert [p.label for p in named] == ["red"]
     with pytest.raises(UnknownName, match="Did you mean 'green'"):
-        engine.classify(model, [RED], class_names=["gren"])
+        classified(engine, model, [RED], class_names=["gren"])
     with pytest.raises(InvalidInput, match="scope 'seen'"):
-        engine.classify(model, [RED], class_names=["green"], scope="seen")
+        classified(engine, model, [RED], class_names=["green"], scope="seen")
     with pytest.raises(InvalidInput, match="top_k"):
-        engine.classify(model, [RED], top_k=0)
+        classified(engine, model, [RED], top_k=0)
 
 
 def test_residents_own_gamma_is_used_unless_another_is_given() -> None:
@@ -127,11 +140,11 @@ def test_residents_own_gamma_is_used_unless_another_is_given() -> None:
 
 
 def test_one_bad_image_fails_alone(engine: Engine) -> None:
-    answers = engine.classify(resident(), [RED, b"not an image", RED[:60], b"", GREEN])
+    answers = classified(engine, resident(), [RED, b"not an image", RED[:60], b"", GREEN])
     assert [isinstance(answer, ImageError) for answer in answers] == [False, True, True, True, False]
     assert isinstance(answers[3], ImageError)
     assert "empty" in answers[3].reason
-    assert all(isinstance(a, ImageError) for a in engine.classify(resident(), [b"", b"x"]))
+    assert all(isinstance(a, ImageError) for a in classified(engine, resident(), [b"", b"x"]))
 
 
 def test_images_of_many_requests_share_batches_and_none_is_larger_than_allowed() -> None:
@@ -139,7 +152,7 @@ def test_images_of_many_requests_share_batches_and_none_is_larger_than_allowed()
     backbone.go.clear()
     model = resident(backbone)
     with Engine(max_batch=8, max_wait_ms=200, decode_threads=2) as engine:
-        futures = [engine.submit(model, [RED]) for _ in range(25)]
+        futures = [engine.classify(model, [RED]) for _ in range(25)]
         time.sleep(0.5)  # the first batch hangs in the backbone; the others gather behind it
         backbone.go.set()
         wait(futures, timeout=20)
@@ -151,15 +164,15 @@ def test_images_of_many_requests_share_batches_and_none_is_larger_than_allowed()
 
 def test_a_single_image_never_waits_for_company() -> None:
     with Engine(max_wait_ms=5000) as engine:
-        engine.classify(resident(), [RED])  # threads and first calls warm
+        classified(engine, resident(), [RED])  # threads and first calls warm
         started = time.monotonic()
-        engine.classify(resident(), [RED])
+        classified(engine, resident(), [RED])
         assert time.monotonic() - started < 2.5
 
 
 def test_two_backbones_are_not_mixed(engine: Engine) -> None:
     first, second = MeanColour(), MeanColour()
-    futures = [engine.submit(resident(b), [RED, GREEN]) for b in (first, second) * 3]
+    futures = [engine.classify(resident(b), [RED, GREEN]) for b in (first, second) * 3]
     wait(futures, timeout=20)
     assert sum(first.batches) == sum(second.batches) == 6
 
@@ -169,22 +182,21 @@ def test_full_queue_refuses_at_once_and_recovers() -> None:
     backbone.go.clear()
     model = resident(backbone)
     with Engine(max_pending=3) as engine:
-        first = engine.submit(model, [RED] * 3)
+        first = engine.classify(model, [RED] * 3)
         with pytest.raises(EngineBusy, match="3 images are waiting and at most 3"):
-            engine.submit(model, [RED])
+            engine.classify(model, [RED])
         backbone.go.set()
         assert len(first.result(timeout=20)) == 3
-        assert len(engine.classify(model, [RED] * 5)) == 5  # larger than the limit, but alone
+        assert len(classified(engine, model, [RED] * 5)) == 5  # larger than the limit, but alone
 
 
 def test_failing_backbone_fails_its_requests_and_the_engine_lives_on(engine: Engine) -> None:
     backbone = MeanColour()
     backbone.error = RuntimeError("device is sick")
     with pytest.raises(RuntimeError, match="sick"):
-        engine.classify(resident(backbone), [RED, GREEN])
+        classified(engine, resident(backbone), [RED, GREEN])
     backbone.error = None
-    assert labels(engine.classify(resident(backbone), [BLUE], class_names=NAMES[:3])) == ["blue"]
-    assert engine.is_alive()
+    assert labels(classified(engine, resident(backbone), [BLUE], class_names=NAMES[:3])) == ["blue"]
     assert engine.stats().n_waiting == 0
 
 
@@ -196,15 +208,15 @@ def test_failing_classifier_fails_its_request_only(engine: Engine) -> None:
             raise InvalidInput("no such thing")
 
     with pytest.raises(InvalidInput, match="no such thing"):
-        engine.classify(replace(resident(), classifier=Broken()), [RED])
-    assert labels(engine.classify(resident(), [RED])) == ["red"]
+        classified(engine, replace(resident(), classifier=Broken()), [RED])
+    assert labels(classified(engine, resident(), [RED])) == ["red"]
 
 
 def test_cancelled_request_is_dropped_and_others_go_on() -> None:
     backbone = MeanColour()
     backbone.go.clear()
     with Engine(max_batch=1) as engine:
-        first, second, third = (engine.submit(resident(backbone), [RED]) for _ in range(3))
+        first, second, third = (engine.classify(resident(backbone), [RED]) for _ in range(3))
         assert second.cancel()
         backbone.go.set()
         assert labels(first.result(timeout=20)) == ["red"]
@@ -213,11 +225,100 @@ def test_cancelled_request_is_dropped_and_others_go_on() -> None:
             second.result()
 
 
+def test_images_that_nobody_waits_for_never_reach_the_device() -> None:
+    backbone = MeanColour()
+    backbone.go.clear()
+    with Engine(max_batch=4) as engine:
+        first = engine.classify(resident(backbone), [RED])
+        eventually(lambda: backbone.batches == [1])  # the device is busy from now on
+        gone = engine.classify(resident(backbone), [RED] * 3)
+        late = engine.classify(resident(backbone), [GREEN] * 3, timeout_s=0.1)
+        eventually(lambda: engine._n_decoding == 0)
+        assert gone.cancel()
+        time.sleep(0.12)
+        backbone.go.set()
+        assert labels(first.result(timeout=20)) == ["red"]
+        with pytest.raises(EngineTooLate):
+            late.result(timeout=20)
+        assert labels(classified(engine, resident(backbone), [BLUE], timeout_s=20)) == ["blue"]
+        assert backbone.batches == [1, 1]
+        assert engine.stats().n_waiting == 0
+
+
+def test_an_answer_that_comes_too_late_is_none(engine: Engine) -> None:
+    backbone = MeanColour()
+    backbone.go.clear()
+    late = engine.classify(resident(backbone), [RED], timeout_s=0.05)
+    eventually(lambda: backbone.batches == [1])
+    time.sleep(0.06)
+    backbone.go.set()
+    with pytest.raises(EngineTooLate):
+        late.result(timeout=20)
+
+
+def test_a_probe_sends_an_image_through_the_network_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = MeanColour()
+    model = resident(backbone)
+    with Engine() as engine:
+        engine.probe()  # no network yet: the device alone
+        assert engine.stats().n_images == 1
+        classified(engine, model, [RED])
+        engine.probe()  # that batch went well a moment ago
+        assert (backbone.batches, engine.stats().n_images) == ([1], 2)
+        monkeypatch.setattr("workers.engine.FRESH_S", 0.0)
+        engine.probe()
+        assert backbone.batches == [1, 1]
+        backbone.error = RuntimeError("CUDA error: device-side assert triggered")
+        with pytest.raises(EngineSick, match="device-side assert"):
+            engine.probe()
+        backbone.error = None
+        engine.probe()
+        monkeypatch.setattr(backbone, "features", lambda images: torch.full((len(images), 3), float("nan")))
+        with pytest.raises(EngineSick, match="no numbers"):
+            engine.probe()
+        assert engine.stats().n_waiting == 0
+
+
+def test_a_probe_tells_a_device_that_hangs_from_a_long_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engine.FRESH_S", 0.0)
+    backbone = MeanColour()
+    with Engine(max_batch=1) as engine:
+        model = resident(backbone)
+        classified(engine, model, [RED])
+        slow = MeanColour.features
+        monkeypatch.setattr(backbone, "features", lambda images: (time.sleep(0.05), slow(backbone, images))[1])
+        queued = engine.classify(model, [RED] * 20)
+        engine.probe(timeout_s=0.4)  # behind a second's work, of which each twentieth ends in time
+        assert len(queued.result(timeout=20)) == 20
+        backbone.go.clear()
+        with pytest.raises(EngineSick, match="not finished a batch"):
+            engine.probe(timeout_s=0.2)
+        backbone.go.set()
+        engine.probe()
+
+
+def test_the_watchdog_ends_the_process_when_the_device_stays_sick() -> None:
+    ends: list[int] = []
+
+    class Patient:
+        def __init__(self, *states: Exception | None) -> None:
+            self.states = list(states)
+
+        def probe(self) -> None:
+            if (state := self.states.pop(0)) is not None:
+                raise state
+
+    sick = EngineSick("The device failed.")
+    for states in ((sick, sick, None, sick, sick, EngineClosed()), (None, sick, sick, sick)):
+        watch(Patient(*states), every_s=0, tries=3, end=ends.append)  # type: ignore[arg-type]  # stands in for an engine
+    assert ends == [70]
+
+
 def test_close_fails_what_is_unanswered_and_refuses_what_comes_later() -> None:
     backbone = MeanColour()
     backbone.go.clear()
     engine = Engine(max_batch=1, decode_threads=1)
-    futures = [engine.submit(resident(backbone), [RED]) for _ in range(4)]
+    futures = [engine.classify(resident(backbone), [RED]) for _ in range(4)]
     while not backbone.batches:
         time.sleep(0.01)
     closing = threading.Thread(target=engine.close)
@@ -229,9 +330,10 @@ def test_close_fails_what_is_unanswered_and_refuses_what_comes_later() -> None:
     wait(futures, timeout=5)
     assert labels(futures[0].result()) == ["red"]
     assert all(isinstance(future.exception(), EngineClosed) for future in futures[1:])
-    assert not engine.is_alive()
     with pytest.raises(EngineClosed):
-        engine.submit(resident(), [RED])
+        engine.classify(resident(), [RED])
+    with pytest.raises(EngineClosed):
+        engine.probe()
     engine.close()  # twice is harmless
 
 
@@ -243,7 +345,7 @@ def test_many_threads_get_their_own_answers(engine: Engine) -> None:
         for turn in range(10):
             index = (number + turn) % 3
             images = [(RED, GREEN, BLUE)[index], b"bad"][: 1 + turn % 2]
-            if labels(engine.classify(model, images))[0] != NAMES[index]:
+            if labels(classified(engine, model, images))[0] != NAMES[index]:
                 wrong.append(number)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
@@ -256,13 +358,13 @@ def test_many_threads_get_their_own_answers(engine: Engine) -> None:
 
 
 def test_relatives_are_split_at_tau_and_bad_images_told(engine: Engine) -> None:
-    found, broken = engine.infer(resident(), [RED, b"junk"], tau=0.5, top_k=2)
+    found, broken = engine.infer(resident(), [RED, b"junk"], tau=0.5, top_k=2).result()
     assert isinstance(broken, ImageError)
     assert isinstance(found, Relatives)
     assert [(p.label, p.seen) for p in found.similar] == [("red", True), ("grey", False)]  # both 200 / 255
     assert [p.label for p in found.dissimilar] == ["blue", "green"]
     assert all(p.score >= 0.5 for p in found.similar)
-    only = engine.infer(resident(), [RED], tau=0.9, class_names=["green", "grey"])[0]
+    only = engine.infer(resident(), [RED], tau=0.9, class_names=["green", "grey"]).result()[0]
     assert isinstance(only, Relatives)
     assert (only.similar, [p.label for p in only.dissimilar]) == ((), ["green", "grey"])
 
@@ -279,8 +381,8 @@ def test_a_joint_classifier_is_asked_about_all_its_classes(engine: Engine) -> No
 
     joint, plain = replace(resident(), classifier=Joint()), resident()
     for class_names in (None, ["blue", "red"]):
-        assert engine.classify(joint, [RED, BLUE], class_names=class_names) == engine.classify(
-            plain, [RED, BLUE], class_names=class_names
+        assert classified(engine, joint, [RED, BLUE], class_names=class_names) == classified(
+            engine, plain, [RED, BLUE], class_names=class_names
         )
     assert asked == [4, 4]
 
@@ -308,7 +410,7 @@ def test_features_are_those_of_the_training_extraction() -> None:
             return np.zeros((len(features), len(class_embeddings)), np.float32)
 
     with Engine() as engine:
-        engine.classify(replace(resident(), classifier=Keep(), backbone=backbone, size=64), files)
+        classified(engine, replace(resident(), classifier=Keep(), backbone=backbone, size=64), files)
     for row, trained in zip(seen[0], extracted, strict=True):
         assert isinstance(trained, ImageFeatures)
         np.testing.assert_allclose(row, trained.features[0].astype(np.float32), rtol=2e-3, atol=1e-3)
@@ -329,7 +431,7 @@ def test_a_real_classifier_answers_through_the_engine(engine: Engine, tmp_path: 
         model, MeanColour(), 16, train.class_names, prototypes[used].astype(np.float32),
         np.ones(len(used), np.bool_), model.gamma_, model.temperature_,
     )  # fmt: skip
-    answers = engine.classify(table, [picture((int(r), int(g), int(b))) for r, g, b in colours[:20]])
+    answers = classified(engine, table, [picture((int(r), int(g), int(b))) for r, g, b in colours[:20]])
     expected = model.scores(train.features[:20], table.embeddings).argmax(axis=1)
     right = [train.class_names[e] == label for e, label in zip(expected, labels(answers), strict=True)]
     assert np.mean(right) >= 0.9  # float16 rounding and resizing may turn a near tie
