@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.schemas import Body, Id
+from service.schemas import Body, Id, Name
+
+Scope = Literal["unseen", "seen", "all"]
 
 
 class HuggingFaceParameters(BaseModel):
@@ -48,9 +51,54 @@ class ClassifyOut(BaseModel):
     """Predictions for each image, in the order sent."""
 
     classifier_id: str
-    scope: Literal["unseen", "seen", "all"]
+    scope: Scope
     gamma: float
     data: list[ImageResult]
+
+
+class PredictionsCreate(Body):
+    """Classify all images of a dataset in a job."""
+
+    name: Name | None = None
+    classifier_id: Id | None = Field(None, description="Default: the newest ready one.")
+    dataset_id: Id = Field(description="Images; an archive becomes a dataset first, in folders by any names.")
+    only_classes: list[str] | None = Field(None, min_length=1, description="Only the dataset's images of these.")
+    scope: Scope = Field("all", description="Which classes compete.")
+    class_names: list[str] | None = Field(
+        None, min_length=1, description="Only these compete; new names are predicted."
+    )
+    top_k: int = Field(5, ge=1, le=1000)
+    gamma: float | None = Field(None, allow_inf_nan=False, description="Handicap of seen classes; default: chosen.")
+    min_score: float | None = Field(None, ge=0, le=1, description="Abstain where the best probability is lower.")
+
+
+class PredictionsOut(BaseModel):
+    """What was said of a dataset's images, all together."""
+
+    id: str
+    name: str
+    classifier_id: str
+    dataset_id: str
+    request: dict[str, Any]
+    status: Literal["queued", "ready", "failed"]
+    summary: dict[str, Any] = Field(
+        description="n_images, n_failed, n_abstained; labels: how many images of each; agreement: T1 (mean over "
+        "classes) on the images whose class competed; images_per_s of those whose features were not there yet."
+    )
+    job_id: str | None
+    created_at: datetime
+
+
+class PredictedImage(BaseModel):
+    """The predictions for one image of a dataset, or why there are none."""
+
+    index: int
+    image_id: str
+    filename: str
+    class_name: str = Field(description="Its class in the dataset.")
+    predictions: list[Prediction]
+    error: str | None
+    abstained: bool
 
 
 class Relatives(BaseModel):

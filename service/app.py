@@ -33,13 +33,15 @@ from service.routes import (
     infer,
     jobs,
     knowledge,
+    predictions,
     system,
     uploads,
 )
 
 DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
 ROUTERS = (
-    datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, attention, infer, jobs, system,
+    datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, predictions, attention, infer,
+    jobs, system,
 )  # fmt: skip
 
 

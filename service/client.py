@@ -292,6 +292,17 @@ class Client(Connection):
         params["explain"] = str(explain).lower()
         return self._of_images("/v1/classify", images, params, pinned="classifier_id")
 
+    def create_predictions(self, dataset_id: str, **fields: Any) -> Json:
+        """Classifies all images of a dataset, however many: the job.
+
+        `fields`: classifier_id, only_classes, scope, class_names, top_k, gamma, min_score, name.
+        """
+        return self._create("/v1/predictions", {"dataset_id": dataset_id, **fields}, False)
+
+    def predicted_images(self, predictions_id: str) -> Iterator[Json]:
+        """Each image with its predictions, in the order of the dataset's classes."""
+        return self._pages(f"/v1/predictions/{predictions_id}/items", {"limit": 100})
+
     def attention(
         self,
         classifier_id: str,

@@ -13,7 +13,14 @@ from service.client_http import Json, ServiceUnreachable, Transport, UnseenError
 from service.client_jobs import JobFailed, JobFollower, OnJob, WaitTimeout
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_PATHS = {"ds": "datasets", "kn": "knowledge", "es": "embedding-sets", "cl": "classifiers", "job": "jobs"}
+_PATHS = {
+    "ds": "datasets",
+    "kn": "knowledge",
+    "es": "embedding-sets",
+    "cl": "classifiers",
+    "pr": "predictions",
+    "job": "jobs",
+}
 
 
 class Connection:

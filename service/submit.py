@@ -45,4 +45,5 @@ _RESOURCES = {
     "kn": ("knowledge", "knowledge"),
     "es": ("embedding_set", "embedding-sets"),
     "cl": ("classifier", "classifiers"),
+    "pr": ("predictions", "predictions"),
 }

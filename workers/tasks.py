@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from workers.batch import classify_dataset
 from workers.embedding import build_embedding_set
 from workers.imports import import_archive, import_features, index_knowledge
 from workers.runner import TaskFunction
@@ -13,4 +14,5 @@ TASKS: dict[str, TaskFunction] = {
     "index_knowledge": index_knowledge,
     "build_embedding_set": build_embedding_set,
     "train_classifier": train_classifier,
+    "classify_dataset": classify_dataset,
 }

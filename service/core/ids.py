@@ -6,7 +6,15 @@ import secrets
 import time
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-PREFIXES = {"dataset": "ds", "image": "im", "knowledge": "kn", "embedding_set": "es", "classifier": "cl", "job": "job"}
+PREFIXES = {
+    "dataset": "ds",
+    "image": "im",
+    "knowledge": "kn",
+    "embedding_set": "es",
+    "classifier": "cl",
+    "predictions": "pr",
+    "job": "job",
+}
 
 
 def new_id(kind: str) -> str:

@@ -22,15 +22,16 @@ from models.errors import Cancelled
 from service.core.db import utc_now
 from service.core.errors import Conflict, NotFound, WorkerLost, problem_of
 from service.core.ids import new_id
-from service.core.tables import Classifier, EmbeddingSet, Job, Knowledge
+from service.core.tables import Classifier, EmbeddingSet, Job, Knowledge, PredictionSet
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 ACTIVE = ("running", "cancelling")
 _UNFINISHED_RESOURCE = ("queued", "importing")
 # What a job makes, by the prefix of its id, and the status it has until the job ends.
-_MADE: dict[str, tuple[type[EmbeddingSet] | type[Classifier] | type[Knowledge], str]] = {
+_MADE: dict[str, tuple[type[EmbeddingSet] | type[Classifier] | type[PredictionSet] | type[Knowledge], str]] = {
     "es": (EmbeddingSet, "queued"),
     "cl": (Classifier, "queued"),
+    "pr": (PredictionSet, "queued"),
     "kn": (Knowledge, "importing"),
 }
 

@@ -21,6 +21,7 @@ from service.core.tables import (
     Image,
     Job,
     Knowledge,
+    PredictionSet,
     Worker,
 )
 
@@ -32,6 +33,7 @@ NAMES: dict[type[Base], str] = {
     Knowledge: "knowledge source",
     EmbeddingSet: "embedding set",
     Classifier: "classifier",
+    PredictionSet: "set of predictions",
     Job: "job",
     Image: "image",
 }
@@ -131,11 +133,12 @@ def images_by_content(session: Session, dataset_id: str, sha256s: Sequence[str])
 
 
 def delete_dataset(session: Session, dataset_id: str) -> None:
-    """Deletes a dataset; Conflict while an embedding set, a classifier or an unfinished job uses it."""
+    """Deletes a dataset; Conflict while an embedding set, a classifier, predictions or an unfinished job use it."""
     dataset = get(session, Dataset, dataset_id)
     users = [
         *session.scalars(select(EmbeddingSet.id).where(EmbeddingSet.dataset_id == dataset_id).limit(3)),
         *session.scalars(select(Classifier.id).where(Classifier.dataset_id == dataset_id).limit(3)),
+        *session.scalars(select(PredictionSet.id).where(PredictionSet.dataset_id == dataset_id).limit(3)),
         *active_jobs_of(session, dataset_id),
     ]
     _refuse_if_used("dataset", dataset_id, users)
@@ -169,9 +172,17 @@ def delete_embedding_set(session: Session, set_id: str) -> None:
 
 
 def delete_classifier(session: Session, classifier_id: str) -> None:
-    """Deletes a classifier; Conflict while its job runs."""
+    """Deletes a classifier; Conflict while its job runs, or predictions of it are there."""
     row = get(session, Classifier, classifier_id)
-    _refuse_if_used("classifier", classifier_id, active_jobs_of(session, classifier_id))
+    users = session.scalars(select(PredictionSet.id).where(PredictionSet.classifier_id == classifier_id).limit(3))
+    _refuse_if_used("classifier", classifier_id, [*users, *active_jobs_of(session, classifier_id)])
+    session.delete(row)
+
+
+def delete_predictions(session: Session, predictions_id: str) -> None:
+    """Deletes a set of predictions; Conflict while its job runs."""
+    row = get(session, PredictionSet, predictions_id)
+    _refuse_if_used("set of predictions", predictions_id, active_jobs_of(session, predictions_id))
     session.delete(row)
 
 
@@ -326,6 +337,7 @@ def artifact_keys(session: Session) -> set[str]:
         select(Knowledge.artifacts),
         select(EmbeddingSet.artifacts),
         select(Classifier.artifacts),
+        select(PredictionSet.artifacts),
         select(CachedArtifact.summary),
         select(Job.payload).where(Job.status != "succeeded"),
     ]

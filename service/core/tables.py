@@ -153,6 +153,26 @@ class Classifier(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
+RESULTS_FILE, OFFSETS_FILE = "predictions.jsonl", "offsets.i64"
+"""Artifacts of predictions: a line for each image; where each begins and the last ends, little-endian int64."""
+
+
+class PredictionSet(Base):
+    """What a classifier said of all images of a dataset."""
+
+    __tablename__ = "predictions"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str]
+    classifier_id: Mapped[str] = mapped_column(ForeignKey("classifiers.id"))
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
+    request: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    status: Mapped[str] = mapped_column(String(16), default="queued")  # queued | ready | failed
+    artifacts: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    job_id: Mapped[str | None] = mapped_column(String(40), default=None)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
 class Job(Base):
     """One piece of long work. `token` fences attempts: only the holder of the newest may write."""
 

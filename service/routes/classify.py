@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
-from service.answers import ClassifyOut, HuggingFaceRequest
+from service.answers import ClassifyOut, HuggingFaceRequest, Scope
 from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, TooLate, UnsupportedMedia
 from service.deps import Parts, PartsDep
 from service.image_requests import (
@@ -31,7 +31,6 @@ from service.problems import documented, invalid
 from service.uploads import content_type_of
 
 router = APIRouter(prefix="/v1/classify", tags=["classify"])
-Scope = Literal["unseen", "seen", "all"]
 
 
 class Options(ImageOptions):
