@@ -1,7 +1,8 @@
 """`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
 
 Without names: those that take minutes. `memory` starts a service of its own, `training` takes a quarter of an hour and
-`relations` an hour, so these must be named. Plans (`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
+`relations` an hour, so these must be named. `serving` needs photos and weights: see `python
+bench/serving.py --help`. Plans (`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
-SHORT = ("smo", "knowledge", "extraction")
+SHORT = ("smo", "knowledge", "extraction", "neighbours")
 ALL = (*SHORT, "memory", "training", "relations")
 
 

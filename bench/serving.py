@@ -2,6 +2,7 @@
 
     python bench/serving.py --data ../shared/data/animals --weights ../shared/weights/FILE [--network resnet50]
         [--rival naive=PYTHON:bench/rivals/naive.py] [--rival litserve=PYTHON:bench/rivals/litserve_server.py]
+        [--rival infinity=PYTHON:bench/rivals/infinity_server.py]
 
 Starts a service of its own in a temporary folder, trains SJE on the folder's photos, and sends one photo a
 request at each concurrency. In turns with it, round by round, in this process: the network alone on decoded batches
@@ -17,15 +18,16 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -40,18 +42,21 @@ from workers.engine import prepare_image
 Json = dict[str, Any]
 SIDE = 224
 CONCURRENCY = (1, 8, 32, 128)
-TAKES_JSON = ("litserve", "infinity")
-"""Rivals that take no file as it is."""
 
 
-def request_of(photo: bytes, path: str, *, as_json: bool) -> bytes:
-    """The whole HTTP request."""
-    kind = "application/json" if as_json else "image/jpeg"
-    body = json.dumps({"image": base64.b64encode(photo).decode()}).encode() if as_json else photo
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        + body
-    )
+def request_of(photo: bytes, server: str, path: str = "/predict") -> bytes:
+    """The whole HTTP request, as the server wants it: the file as it is, or in JSON."""
+    kind, body, text = "application/json", photo, base64.b64encode(photo).decode()
+    if server == "litserve":
+        body = json.dumps({"image": text}).encode()
+    elif server == "infinity":
+        path, data = "/embeddings", f"data:image/jpeg;base64,{text}"
+        asked = {"model": "photos", "input": [data], "modality": "image", "encoding_format": "base64"}
+        body = json.dumps(asked).encode()
+    else:
+        kind = "image/jpeg"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 async def _connection(port: int, requests: list[bytes], taken: Iterator[int], took: list[float]) -> None:
@@ -102,9 +107,25 @@ def trained(client: Client, data: Path, network: str, weights: Path) -> str:
     return str(client.wait(job)["resource"]["id"])
 
 
+class Rival(NamedTuple):
+    """A server of somebody else's. It sleeps unless it is measured: some are busy with waiting."""
+
+    port: int
+    group: int
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """For a while."""
+        os.killpg(self.group, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.group, signal.SIGSTOP)
+
+
 @contextmanager
-def rival(command: str, network: str, weights: Path, threads: int) -> Iterator[int]:
-    """A server of somebody else's; its port."""
+def rival(command: str, network: str, weights: Path, threads: int) -> Iterator[Rival]:
+    """One that answers."""
     python, _, script = command.partition(":")
     port = free_port()
     environment = {
@@ -124,9 +145,9 @@ def rival(command: str, network: str, weights: Path, threads: int) -> Iterator[i
                 if process.poll() is not None:
                     sys.exit(f"{script} ended while starting.")
                 time.sleep(0.2)
-        yield port
+        yield Rival(port, process.pid)
     finally:
-        os.killpg(process.pid, 15)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -164,22 +185,25 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
             service.wait_until_ready(client)
             classifier = trained(client, args.data, args.network, args.weights)
         path = f"/v1/classify?classifier_id={classifier}"
-        servers = {"unseen": (service.port, [request_of(photo, path, as_json=False) for photo in photos])}
+        servers = {"unseen": (service.port, [request_of(photo, "unseen", path) for photo in photos])}
+        awake: dict[str, Callable[[], AbstractContextManager[None]]] = {"unseen": nullcontext}
         for named in args.rival:
             name, _, command = named.partition("=")
-            requests = [request_of(photo, "/predict", as_json=name in TAKES_JSON) for photo in photos]
-            servers[name] = (stack.enter_context(rival(command, args.network, args.weights, args.threads)), requests)
-        for port, requests in servers.values():
-            load(port, requests, 8, 64)
+            requests = [request_of(photo, name) for photo in photos]
+            other = stack.enter_context(rival(command, args.network, args.weights, args.threads))
+            servers[name], awake[name] = (other.port, requests), other.awake
+        for name, (port, requests) in servers.items():
+            with awake[name]():
+                load(port, requests, 8, 64)
         time.sleep(args.settle)  # the network is prepared behind the first requests
         for _ in range(args.rounds):
             measured: Json = {"network": rate(alone, 3), "one by one": rate(one_by_one, 3), "servers": {}}
             for concurrency in CONCURRENCY:
                 for name, (port, requests) in servers.items():
                     n_requests = max(args.requests, 2 * concurrency)
-                    measured["servers"].setdefault(name, {})[str(concurrency)] = load(
-                        port, requests, concurrency, n_requests
-                    )
+                    with awake[name]():
+                        found = load(port, requests, concurrency, n_requests)
+                    measured["servers"].setdefault(name, {})[str(concurrency)] = found
             rounds.append(measured)
     return {
         "network": {"images_per_s": median(r["network"][0] for r in rounds)},

@@ -19,10 +19,10 @@ COMPUTE_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**26),
-    # Threads that wait for each other sleep instead of spinning: on a busy machine spinning takes the cores away from
-    # those that are waited for.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
+    # How long threads that wait for each other spin before they sleep: some 0.2 ms. Sleeping at once makes training
+    # with small batches 1.4 times as slow; the default, some 3 ms, takes the cores of a busy machine away from those
+    # that are waited for, and makes it twice as slow there.
+    "GOMP_SPINCOUNT": "20000",
 }
 """For processes that run networks on the CPU; read when a process starts, never later."""
 
