@@ -15,32 +15,16 @@ from service.core.artifacts import image_key
 from service.core.tables import Dataset, Image
 from service.schemas import ClassifierOut, JobOut
 from tests.service.harness import LiveApi, checked, png, problem
-from tests.service.tasks import TASKS, finish
+from tests.service.tasks import TASKS, finish, trained_classifier
 from workers.batch import classify_dataset
-from workers.training import train_classifier
 
-DO = {**TASKS, "train_classifier": train_classifier, "classify_dataset": classify_dataset}
-NETWORK = {"name": "small_cnn", "weights": "random"}
-VECTORS = {"cat": [1.0, 0.0, 0.2], "dog": [0.0, 1.0, 0.1], "zebra": [0.7, 0.7, 1.0]}
+DO = {**TASKS, "classify_dataset": classify_dataset}
 
 
 @pytest.fixture
-def classifier(own_api: LiveApi) -> str:
+def trained(own_api: LiveApi) -> str:
     """A small trained classifier of cats, dogs and zebras."""
-    job = own_api.client.post("/v1/knowledge", json={"name": "k", "vectors": VECTORS}).json()
-    assert finish(own_api, job["id"], DO)["status"] == "succeeded"
-    body = {
-        "dataset_id": own_api.filled_dataset({"cat": 6, "dog": 6}),
-        "knowledge_id": job["resource"]["id"],
-        "unseen_classes": ["zebra"],
-        "method": "eszsl",
-        "backbone": NETWORK,
-        "image_size": 32,
-    }
-    job = checked(own_api.client.post("/v1/classifiers", json=body), JobOut, 202)
-    ended = finish(own_api, job["id"], DO)
-    assert ended["status"] == "succeeded", ended["error"]
-    return str(job["resource"]["id"])
+    return trained_classifier(own_api)
 
 
 def predicted(api: LiveApi, **body: Any) -> dict[str, Any]:
@@ -66,10 +50,10 @@ def items(api: LiveApi, predictions_id: str, limit: int = 100) -> list[dict[str,
             return found
 
 
-def test_every_image_of_a_dataset_is_classified_as_one_alone_would_be(own_api: LiveApi, classifier: str) -> None:
+def test_every_image_of_a_dataset_is_classified_as_one_alone_would_be(own_api: LiveApi, trained: str) -> None:
     fresh = own_api.filled_dataset({"zebra": 3, "cat": 2, "unicorn": 2})
     row = predicted(own_api, dataset_id=fresh, top_k=2, min_score=0.0)
-    assert (row["classifier_id"], row["status"], row["summary"]["n_images"]) == (classifier, "ready", 7)
+    assert (row["classifier_id"], row["status"], row["summary"]["n_images"]) == (trained, "ready", 7)
     assert sum(row["summary"]["labels"].values()) == 7
     found = items(own_api, row["id"], limit=3)
     assert [item["index"] for item in found] == list(range(7))
@@ -93,10 +77,10 @@ def test_every_image_of_a_dataset_is_classified_as_one_alone_would_be(own_api: L
         assert float(line["score_2"]) == item["predictions"][1]["score"]
 
 
-def test_scope_classes_and_abstention(own_api: LiveApi, classifier: str) -> None:
+def test_scope_classes_and_abstention(own_api: LiveApi, trained: str) -> None:
     fresh = own_api.filled_dataset({"zebra": 2, "cat": 2})
     row = predicted(
-        own_api, dataset_id=fresh, classifier_id=classifier, class_names=["zebra", "dog"], only_classes=["zebra"],
+        own_api, dataset_id=fresh, classifier_id=trained, class_names=["zebra", "dog"], only_classes=["zebra"],
         min_score=1.0, name="mine",
     )  # fmt: skip
     found = items(own_api, row["id"])
@@ -107,7 +91,7 @@ def test_scope_classes_and_abstention(own_api: LiveApi, classifier: str) -> None
     assert {p["label"] for item in items(own_api, only["id"]) for p in item["predictions"]} == {"zebra"}
 
 
-def test_an_image_that_cannot_be_read_any_more_is_told_alone(own_api: LiveApi, classifier: str) -> None:
+def test_an_image_that_cannot_be_read_any_more_is_told_alone(own_api: LiveApi, trained: str) -> None:
     fresh = own_api.filled_dataset({"zebra": 14})  # of which the classifier has seen all but two
     with own_api.parts.database.read() as session:
         broken = session.query(Image).filter(Image.dataset_id == fresh, Image.filename == "14.png").one()
@@ -120,7 +104,7 @@ def test_an_image_that_cannot_be_read_any_more_is_told_alone(own_api: LiveApi, c
         assert (item["error"] is not None) == (item["image_id"] == broken.id) == (item["predictions"] == [])
 
 
-def test_what_is_wrong_is_told_before_the_job(own_api: LiveApi, classifier: str) -> None:
+def test_what_is_wrong_is_told_before_the_job(own_api: LiveApi, trained: str) -> None:
     def refused(status: int, *words: str, **body: Any) -> None:
         problem(own_api.client.post("/v1/predictions", json=body), status, *words)
 
@@ -137,14 +121,14 @@ def test_what_is_wrong_is_told_before_the_job(own_api: LiveApi, classifier: str)
     refused(422, "precomputed features", dataset_id=full, classifier_id=own_api.classifier())
 
 
-def test_predictions_keep_what_they_are_made_of(own_api: LiveApi, classifier: str) -> None:
+def test_predictions_keep_what_they_are_made_of(own_api: LiveApi, trained: str) -> None:
     fresh = own_api.filled_dataset({"zebra": 1})
-    row = predicted(own_api, dataset_id=fresh, classifier_id=classifier)
-    for used in (f"/v1/datasets/{fresh}", f"/v1/classifiers/{classifier}"):
+    row = predicted(own_api, dataset_id=fresh, classifier_id=trained)
+    for used in (f"/v1/datasets/{fresh}", f"/v1/classifiers/{trained}"):
         problem(own_api.client.delete(used), 409, row["id"])
     assert own_api.client.get("/v1/predictions").json()["data"][0]["id"] == row["id"]
     assert own_api.client.delete(f"/v1/predictions/{row['id']}").status_code == 204
     problem(own_api.client.get(f"/v1/predictions/{row['id']}/export"), 404)
-    trained_on = checked(own_api.client.get(f"/v1/classifiers/{classifier}"), ClassifierOut)["dataset_id"]
-    assert own_api.client.delete(f"/v1/classifiers/{classifier}").status_code == 204
+    trained_on = checked(own_api.client.get(f"/v1/classifiers/{trained}"), ClassifierOut)["dataset_id"]
+    assert own_api.client.delete(f"/v1/classifiers/{trained}").status_code == 204
     assert own_api.client.delete(f"/v1/datasets/{trained_on}").status_code == 204
