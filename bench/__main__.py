@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
-SHORT = ("smo", "knowledge", "extraction", "neighbours")
+SHORT = ("smo", "knowledge", "extraction", "neighbours", "guard")
 ALL = (*SHORT, "memory", "training", "relations")
 
 

@@ -88,8 +88,8 @@ def fast_network(
     """What computes the features of `backbone` for images of `size` pixels a side.
 
     directory: where converted networks are kept. threads: of the CPU; 0: as many as torch uses. streams: batches that
-    run at a time, sharing the threads. may_convert: whether `auto` may convert a network that was not converted before,
-    which takes seconds.
+    run at a time, sharing the threads. may_convert: whether a network that was not converted before may be, which takes
+    seconds, and which no other thread that uses a network may see; if not, it is torch's.
     Raises InvalidInput where `openvino` is asked for and cannot be had; `auto` then takes torch, with a warning if
     OpenVINO is installed.
     """
@@ -97,7 +97,7 @@ def fast_network(
         return backbone
     try:
         options = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "NUM_STREAMS": streams}
-        found = _open(backbone, size, directory, options, may_convert=may_convert or backend != "auto")
+        found = _open(backbone, size, directory, options, may_convert=may_convert)
     except Exception as error:  # whatever a converter or another machine's file may raise
         if backend == "openvino":
             raise InvalidInput(

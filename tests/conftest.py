@@ -152,4 +152,8 @@ def _start_api(folder: Path, valkey_url: str, **settings: Any) -> LiveApi:
         processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
     )
-    return LiveApi(Settings(**{"data_dir": folder / "data", "redis_url": valkey_url, "reconcile_s": 0.2, **settings}))
+    return LiveApi(
+        Settings(
+            **{"data_dir": folder / "data", "redis_url": valkey_url, "reconcile_s": 0.2, "backend": "torch", **settings}
+        )
+    )

@@ -98,9 +98,8 @@ def _compute(
     context.progress(Progress(phase, done, total))
     n_threads = settings.threads or os.cpu_count() or 1
     n_patches = len(missing) * patches.n_patches
-    network = fast_backbone(
-        backbone, patches.size, settings, streams=n_threads, may_convert=n_patches >= WORTH_CONVERTING
-    )
+    worth_it = n_patches >= WORTH_CONVERTING or settings.backend == "openvino"
+    network = fast_backbone(backbone, patches.size, settings, streams=n_threads, may_convert=worth_it)
     sources = _sources(context, missing)
     for result in extract_features(sources, network, patches, limits=limits, n_threads=n_threads):
         if isinstance(result, ImageFailure):

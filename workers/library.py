@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from service.core import repositories
 from service.core.artifacts import ArtifactStore
 from service.core.db import Database
 from service.core.errors import Conflict
+from service.core.process import launch
 from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
@@ -235,7 +240,9 @@ class Library:
         backbone = self._cache.get(f"backbone:{digest}", lambda: self._open_backbone(digest))
         network = feature_network(backbone, row.method, size, row.params)
         if network is backbone:  # one for all classifiers on it
-            network = self._cache.get(f"network:{digest}:{size}", lambda: self._open_network(backbone, size))
+            network = self._cache.get(
+                f"network:{digest}:{size}", lambda: self._open_network(classifier_id, backbone, size)
+            )
         return Resident(
             classifier=model,
             backbone=network,
@@ -247,17 +254,23 @@ class Library:
             temperature=model.temperature_,
         )
 
-    def _open_network(self, backbone: FeatureNetwork, size: int) -> FeatureNetwork:
+    def _open_network(self, classifier_id: str, backbone: FeatureNetwork, size: int) -> FeatureNetwork:
         """What computes a backbone's features soonest; where that has to be prepared first, the backbone until then."""
-        at_once = self._settings.backend != "auto"
-        network = fast_backbone(backbone, size, self._settings, may_convert=at_once)
-        if network is backbone and not at_once and (backbone.digest, size) not in self._prepared:
-            self._prepared.add((backbone.digest, size))
-            threading.Thread(target=self._prepare, args=(backbone, size), name="prepare", daemon=True).start()
+        network = fast_backbone(backbone, size, self._settings, may_convert=False)
+        wanted = (backbone.digest, size)
+        if network is backbone and can_convert(self._settings, self._device) and wanted not in self._prepared:
+            self._prepared.add(wanted)
+            if self._settings.backend == "openvino":  # nothing else will do
+                convert_apart(classifier_id, self._settings)
+                return fast_backbone(backbone, size, self._settings, may_convert=False)
+            task = (classifier_id, backbone, size)
+            threading.Thread(target=self._prepare, args=task, name="prepare", daemon=True).start()
         return network
 
-    def _prepare(self, backbone: FeatureNetwork, size: int) -> None:
-        network = fast_backbone(backbone, size, self._settings)
+    def _prepare(self, classifier_id: str, backbone: FeatureNetwork, size: int) -> None:
+        if not convert_apart(classifier_id, self._settings):
+            return
+        network = fast_backbone(backbone, size, self._settings, may_convert=False)
         if network is not backbone:
             key = f"network:{backbone.digest}:{size}"
             self._cache.drop(key)
@@ -265,6 +278,15 @@ class Library:
             for held in self._cache.names():  # those in use go on with what they have; the next request takes the new
                 if held.startswith("classifier:"):
                     self._cache.drop(held)
+
+    def convert(self, classifier_id: str) -> None:
+        """Prepare what computes a classifier's features sooner, for all later processes. Takes seconds, and no other
+        thread may use a network meanwhile: tracing one catches their calls."""
+        with self._database.read() as session:
+            row = repositories.get(session, Classifier, classifier_id)
+        digest = row.metrics["backbone"]["digest"]
+        self._uses[digest] = classifier_id
+        fast_backbone(self._open_backbone(digest), row.metrics["image_size"], self._settings)
 
     def _open_backbone(self, digest: str) -> Any:
         """One network for all classifiers that were trained with it."""
@@ -303,6 +325,18 @@ class Library:
             origin = {c.name: c.provenance for c in used}
         position = {normalize_class_name(name): i for i, name in enumerate(names)}
         return _ClassTable(names, embeddings, is_seen, origin, position)
+
+
+def can_convert(settings: Settings, device: str) -> bool:
+    """Whether networks may be had in a faster form here, after some seconds."""
+    return settings.backend != "torch" and device == "cpu" and importlib.util.find_spec("openvino") is not None
+
+
+def convert_apart(classifier_id: str, settings: Settings) -> bool:
+    """`Library.convert` in a process of its own, which dies with this one; whether it went well."""
+    command = launch([sys.executable, "-m", "workers.prepare", classifier_id])
+    environment = {**os.environ, **settings.to_environment()}
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _among_all(

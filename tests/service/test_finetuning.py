@@ -81,7 +81,7 @@ def test_images_are_recognised_by_the_network_that_was_trained(live_api: LiveApi
     assert [row.metrics["backbone"]["digest"] for row in (own, plain)] == digests
     library = Library(live_api.parts.database, live_api.parts.store, live_api.settings, device="cpu")
     for row, digest in zip((own, plain), digests, strict=True):
-        assert library.competing(row.id, "all", None).resident.backbone.digest == digest
+        assert library.competing(library.state(row.id), "all", None).resident.backbone.digest == digest
     asked = classifier(live_api, trained, backbone={"name": "small_cnn", "weights": "random"}, image_size=32)
     assert asked.metrics["backbone"]["digest"] == digests[1]  # the caller's choice comes first
 

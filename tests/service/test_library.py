@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from service.core.settings import Settings
 from tests.service.harness import LiveApi
 from tests.service.tasks import trained_classifier
 from workers import library as library_module
-from workers.library import Library
+from workers.library import Library, convert_apart
 
 
 class Faster:
@@ -31,14 +32,17 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
 ) -> None:
     classifier, prepared, asked = trained_classifier(own_api), threading.Event(), []
 
-    def fast(backbone: Any, size: int, settings: Any, *, may_convert: bool = True) -> Any:
-        asked.append(may_convert)
-        if not may_convert:
-            return backbone
-        assert prepared.wait(20)
-        return Faster(backbone)
+    def convert(classifier_id: str, _settings: Settings) -> bool:
+        asked.append(classifier_id)
+        return prepared.wait(20)
 
+    def fast(backbone: Any, _size: int, _settings: Settings, *, may_convert: bool = True) -> Any:
+        assert not may_convert  # never in this process
+        return Faster(backbone) if prepared.is_set() else backbone
+
+    monkeypatch.setattr(library_module, "convert_apart", convert)
     monkeypatch.setattr(library_module, "fast_backbone", fast)
+    monkeypatch.setattr(library_module, "can_convert", lambda _settings, _device: True)
     library = Library(own_api.parts.database, own_api.parts.store, own_api.settings, device="cpu")
     state = library.state(classifier)
     assert library.competing_at_once(state, "all") is None
@@ -53,6 +57,17 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
     while not isinstance(library.competing(state, "all", None).resident.backbone, Faster):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert asked == [False, True]
+    assert asked == [classifier]
     library.competing(state, "all", None)
     assert library.resident_names() == [classifier]
+
+
+@pytest.mark.slow
+def test_conversion_happens_in_a_process_of_its_own(own_api: LiveApi) -> None:
+    pytest.importorskip("openvino")
+    classifier = trained_classifier(own_api)
+    settings = own_api.settings.model_copy(update={"backend": "auto", "threads": 1})
+    assert convert_apart(classifier, settings)
+    (kept,) = (settings.cache_dir / "networks").iterdir()
+    assert {"model.xml", "measured.json"} <= {path.name for path in kept.iterdir()}
+    assert not convert_apart("cl_unknown", settings)
