@@ -114,11 +114,27 @@ def fast_network(
     return found if is_better or backend == "openvino" else backbone
 
 
+def awaits_conversion(backbone: Backbone, size: int, *, backend: BackendName = "auto", directory: Path) -> bool:
+    """Whether `fast_network` would have to convert the network first."""
+    if backend == "torch" or backbone.device.type != "cpu":
+        return False
+    try:
+        kept = _kept(_import_openvino(), backbone, size, directory)
+    except ImportError:
+        return False
+    return not (kept / _MODEL).is_file()
+
+
+def _kept(openvino: Any, backbone: Backbone, size: int, directory: Path) -> Path:
+    """Where the converted network lies, or would."""
+    return directory / f"{backbone.digest[:32]}-{size}-{openvino.__version__.partition('-')[0]}"
+
+
 def _open(
     backbone: Backbone, size: int, directory: Path, options: dict[str, int], *, may_convert: bool
 ) -> OpenVINOBackbone | None:
     openvino = _import_openvino()
-    kept = directory / f"{backbone.digest[:32]}-{size}-{openvino.__version__.partition('-')[0]}"
+    kept = _kept(openvino, backbone, size, directory)
     if not (kept / _MODEL).is_file():
         if not may_convert:
             return None

@@ -1,4 +1,4 @@
-"""What classify and infer requests hold, and what they are answered."""
+"""What requests to classify, predict, infer and look hold, and what they are answered."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import Query, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import nearest_names
 from service.core import repositories
@@ -36,7 +36,7 @@ class ImageOptions(BaseModel):
     """What every request with images may say beside them."""
 
     model_config = ConfigDict(extra="forbid")
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
+    timeout_s: Timeout = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import ANONYMOUS, Authenticator
-from service.core.disconnect import CallerGone
+from service.core.disconnect import CLIENT_GONE, CallerGone
 from service.core.errors import Invalid, TooLarge, TooSlow
 from service.core.settings import Settings
 from service.problems import problem_response
@@ -20,7 +20,6 @@ from service.rate_limit import RateLimiter
 
 log = structlog.get_logger("unseen.access")
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
-CLIENT_GONE = 499  # only in the log: nobody is there to read an answer
 MIN_BYTES_PER_S = 1024
 _LARGE_UPLOADS = ("/archive", "/features", "/v1/knowledge")
 

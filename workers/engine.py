@@ -23,7 +23,7 @@ from torch import Tensor
 from models.base import FloatArray
 from models.data.images import DEFAULT_LIMITS, ImageLimits
 from models.errors import UnreadableImage
-from workers.batches import (
+from workers.engine_queue import (
     GIVEN_UP,
     EngineBusy,
     EngineClosed,

@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from models.data.images import ImageLimits
 from models.errors import ModelError
-from service.core.disconnect import CallerGone, unless_gone
+from service.core.disconnect import CLIENT_GONE, CallerGone, unless_gone
 from service.core.errors import Invalid, ServiceError, TooLate, Unavailable, problem_of
 from service.core.logging import configure_logging
 from service.core.process import COMPUTE_ENVIRONMENT, restart_with
@@ -39,7 +39,7 @@ from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, ImageError
 from workers.library import Competing, Library
-from workers.predictions import Look
+from workers.predictions import Look, Resident
 from workers.runner import open_services
 from workers.runtime import choose_device
 
@@ -47,7 +47,6 @@ log = structlog.get_logger("unseen.inference")
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 GRACE_S = 2.0
-CLIENT_GONE = 499
 SICK = 70
 """Exit status: the device failed."""
 
@@ -102,16 +101,8 @@ class Inference:
         options, images = split_body(await request.body())
         competing = await self._competing(options, options["scope"], options["class_names"])
         gamma = competing.resident.gamma if options["gamma"] is None else float(options["gamma"])
-        timeout_s = options["timeout_s"]
-        future = self.engine.classify(
-            competing.resident,
-            images,
-            class_names=competing.names,
-            top_k=options["top_k"],
-            gamma=gamma,
-            timeout_s=timeout_s,
-        )
-        answers = await _answers_of(request, future, timeout_s)
+        asked = {"class_names": competing.names, "top_k": options["top_k"], "gamma": gamma}
+        answers = await self._answers(request, options, self.engine.classify, competing.resident, images, **asked)
         results = [_result(answer, competing.provenance if options["explain"] else None) for answer in answers]
         return _json({"gamma": gamma, "results": results})
 
@@ -119,11 +110,8 @@ class Inference:
         """What images of classes that nobody has described are like."""
         options, images = split_body(await request.body())
         competing = await self._competing(options, "all", options["class_names"])
-        timeout_s = options["timeout_s"]
-        future = self.engine.infer(
-            competing.resident, images, tau=options["tau"], top_k=options["top_k"], timeout_s=timeout_s
-        )
-        found = await _answers_of(request, future, timeout_s)
+        asked = {"tau": options["tau"], "top_k": options["top_k"]}
+        found = await self._answers(request, options, self.engine.infer, competing.resident, images, **asked)
         return _json({"results": [_relatives(answer) for answer in found]})
 
     async def look(self, request: Request) -> Response:
@@ -132,11 +120,8 @@ class Inference:
         named = [options["class_name"]] if options["class_name"] is not None else None
         competing = await self._competing(options, "all", named)
         names = await run_in_threadpool(self.library.dimension_names, options["classifier"]["id"])
-        timeout_s = options["timeout_s"]
-        future = self.engine.look(
-            competing.resident, images, class_names=competing.names, top_k=options["top_k"], timeout_s=timeout_s
-        )
-        found = await _answers_of(request, future, timeout_s)
+        asked = {"class_names": competing.names, "top_k": options["top_k"]}
+        found = await self._answers(request, options, self.engine.look, competing.resident, images, **asked)
         return _json({"results": [_look(answer, names) for answer in found]})
 
     async def _competing(self, options: dict[str, Any], scope: str, names: Sequence[str] | None) -> Competing:
@@ -146,14 +131,23 @@ class Inference:
             return held
         return await run_in_threadpool(self.library.competing, state, scope, names)
 
-
-async def _answers_of(request: Request, future: Future[list[T]], timeout_s: float) -> list[T]:
-    """What the engine answers; it is spared the rest when nobody waits any more, or the time is over."""
-    try:
-        async with asyncio.timeout(timeout_s + GRACE_S):  # should the device hang, nobody else would say so
-            return await unless_gone(request.receive, asyncio.wrap_future(future))
-    except TimeoutError:
-        raise EngineTooLate from None
+    @staticmethod
+    async def _answers(
+        request: Request,
+        options: dict[str, Any],
+        submit: Callable[..., Future[list[T]]],
+        resident: Resident,
+        images: list[bytes],
+        **asked: Any,
+    ) -> list[T]:
+        """What the engine answers; it is spared the rest when nobody waits any more, or the time is over."""
+        timeout_s = options["timeout_s"]
+        future = submit(resident, images, timeout_s=timeout_s, **asked)
+        try:
+            async with asyncio.timeout(timeout_s + GRACE_S):  # should the device hang, nobody else would say so
+                return await unless_gone(request.receive, asyncio.wrap_future(future))
+        except TimeoutError:
+            raise EngineTooLate from None
 
 
 def split_body(body: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -172,20 +166,16 @@ def split_body(body: bytes) -> tuple[dict[str, Any], list[bytes]]:
 def _result(answer: Any, provenance: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     if isinstance(answer, ImageError):
         return {"predictions": [], "error": answer.reason}
-    predictions = [{"label": p.label, "score": p.score, "seen": p.seen} for p in answer]
     if provenance is None:
-        return {"predictions": predictions}
+        return {"predictions": answer}
     explained = {p.label: provenance[p.label] for p in answer if p.label in provenance}
-    return {"predictions": predictions, "explanation": {"provenance": explained}}
+    return {"predictions": answer, "explanation": {"provenance": explained}}
 
 
 def _relatives(answer: Any) -> dict[str, Any]:
     if isinstance(answer, ImageError):
         return {"similar": [], "dissimilar": [], "error": answer.reason}
-    return {
-        side: [{"label": p.label, "score": p.score, "seen": p.seen} for p in getattr(answer, side)]
-        for side in ("similar", "dissimilar")
-    }
+    return {"similar": answer.similar, "dissimilar": answer.dissimilar}
 
 
 def _look(answer: Look | ImageError, names: Sequence[str] | None) -> dict[str, Any]:
@@ -195,7 +185,7 @@ def _look(answer: Look | ImageError, names: Sequence[str] | None) -> dict[str, A
         {"index": n, "name": names[n] if names else None, "strength": strength, "map": places}
         for n, strength, places in zip(answer.dimensions, answer.strengths, answer.local, strict=True)
     ]
-    return {"prediction": dataclasses.asdict(answer.prediction), "whole": answer.whole, "dimensions": dimensions}
+    return {"prediction": answer.prediction, "whole": answer.whole, "dimensions": dimensions}
 
 
 def _json(value: Any) -> Response:

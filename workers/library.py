@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,14 @@ from workers.backbones import BACKBONE_FILE
 from workers.embedding import provenance, vector_bytes
 from workers.model_cache import ModelCache, Parts, parts_of, resident_parts
 from workers.predictions import Resident
-from workers.sources import fast_backbone, feature_network, open_backbone, open_knowledge, unpack
+from workers.sources import (
+    fast_backbone,
+    feature_network,
+    may_become_faster,
+    open_backbone,
+    open_knowledge,
+    unpack,
+)
 from workers.training import CLASSES_FILE, DIMENSIONS_FILE
 from workers.training_inputs import EMBEDDER_FILES
 
@@ -76,6 +83,10 @@ class _ClassTable:
     is_seen: np.ndarray[Any, np.dtype[np.bool_]]
     provenance: dict[str, dict[str, Any]]
     position: dict[str, int]
+
+    def names_of(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[str, ...]:
+        """Those where `chosen` is set."""
+        return self.names if chosen.all() else tuple(compress(self.names, chosen))
 
 
 class Library:
@@ -150,19 +161,18 @@ class Library:
         class_names: Sequence[str] | None,
     ) -> Competing:
         in_scope = {"all": np.ones_like(table.is_seen), "seen": table.is_seen, "unseen": ~table.is_seen}[scope]
-        if class_names is None:
-            chosen = np.flatnonzero(in_scope)
-            names = [table.names[i] for i in chosen]
-            found = _rows(table, chosen)
-        else:
-            names = list(class_names)
-            found = self._named(state, table, names, in_scope)
+        names = table.names_of(in_scope) if class_names is None else tuple(class_names)
         if not names:
             raise InvalidInput(f"The classifier has no {scope} classes.", field="scope")
-        embeddings, is_seen, origin = found
+        if class_names is not None:
+            embeddings, is_seen, origin = self._named(state, table, names, in_scope)
+        elif len(names) == len(table.names):  # no copy of what may be large
+            embeddings, is_seen, origin = table.embeddings, table.is_seen, table.provenance
+        else:
+            embeddings, is_seen, origin = table.embeddings[in_scope], table.is_seen[in_scope], table.provenance
         if resident.classifier.is_joint:
             return _among_all(resident, table, names, embeddings, is_seen, origin)
-        asked = dataclasses.replace(resident, class_names=tuple(names), embeddings=embeddings, is_seen=is_seen)
+        asked = dataclasses.replace(resident, class_names=names, embeddings=embeddings, is_seen=is_seen)
         return Competing(asked, origin)
 
     def dimension_names(self, classifier_id: str) -> tuple[str, ...] | None:
@@ -258,7 +268,7 @@ class Library:
         """What computes a backbone's features soonest; where that has to be prepared first, the backbone until then."""
         network = fast_backbone(backbone, size, self._settings, may_convert=False)
         wanted = (backbone.digest, size)
-        if network is backbone and can_convert(self._settings, self._device) and wanted not in self._prepared:
+        if wanted not in self._prepared and may_become_faster(backbone, size, self._settings):
             self._prepared.add(wanted)
             if self._settings.backend == "openvino":  # nothing else will do
                 convert_apart(classifier_id, self._settings)
@@ -327,11 +337,6 @@ class Library:
         return _ClassTable(names, embeddings, is_seen, origin, position)
 
 
-def can_convert(settings: Settings, device: str) -> bool:
-    """Whether networks may be had in a faster form here, after some seconds."""
-    return settings.backend != "torch" and device == "cpu" and importlib.util.find_spec("openvino") is not None
-
-
 def convert_apart(classifier_id: str, settings: Settings) -> bool:
     """`Library.convert` in a process of its own, which dies with this one; whether it went well."""
     command = launch([sys.executable, "-m", "workers.prepare", classifier_id])
@@ -358,12 +363,6 @@ def _among_all(
     )
     spelled = (name if p is None else table.names[p] for name, p in zip(names, positions, strict=True))
     return Competing(asked, origin, tuple(spelled))
-
-
-def _rows(
-    table: _ClassTable, chosen: np.ndarray[Any, Any]
-) -> tuple[FloatArray, np.ndarray[Any, Any], dict[str, dict[str, Any]]]:
-    return table.embeddings[chosen], table.is_seen[chosen], table.provenance
 
 
 def _parts(value: Any) -> Parts:

@@ -132,11 +132,25 @@ def fast_backbone(
         backbone,
         size,
         backend=settings.backend,
-        directory=settings.cache_dir / "networks",
+        directory=_networks(settings),
         threads=settings.threads,
         streams=streams,
         may_convert=may_convert,
     )
+
+
+def may_become_faster(backbone: FeatureNetwork, size: int, settings: Settings) -> bool:
+    """Whether `fast_backbone` would convert the network, which nobody has done before on this machine."""
+    from models.backbones import Backbone
+    from models.backends import awaits_conversion
+
+    return isinstance(backbone, Backbone) and awaits_conversion(
+        backbone, size, backend=settings.backend, directory=_networks(settings)
+    )
+
+
+def _networks(settings: Settings) -> Path:
+    return settings.cache_dir / "networks"
 
 
 def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.batch import classify_dataset
+from workers.dataset_predictions import classify_dataset
 from workers.embedding import build_embedding_set
 from workers.imports import import_archive, import_features, index_knowledge
 from workers.runner import TaskFunction

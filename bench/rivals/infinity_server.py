@@ -30,7 +30,7 @@ class Config(PretrainedConfig):  # type: ignore[misc]  # not installed where typ
     model_type = "photo_tower"
 
 
-class Tower(PreTrainedModel):  # type: ignore[misc]  # as above
+class Tower(PreTrainedModel):  # type: ignore[misc]  # not installed where types are checked
     """What Infinity asks of an image model."""
 
     config_class = Config

@@ -23,7 +23,7 @@ from common import decode, features, load_network
 class Features(litserve.LitAPI):  # type: ignore[misc]  # not installed where types are checked
     """Requests to batches to rows."""
 
-    def setup(self, device: str) -> None:  # noqa: ARG002 - the CPU
+    def setup(self, device: str) -> None:  # noqa: ARG002 - the signature is LitServe's
         """Once in the worker."""
         self.network = load_network()
 

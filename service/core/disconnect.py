@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CLIENT_GONE = 499
+"""The status, in logs and between processes, of an answer that nobody is there to read."""
 
 
 class CallerGone(Exception):

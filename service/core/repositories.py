@@ -253,13 +253,13 @@ def classifier_state(session: Session, classifier_id: str) -> ClassifierState:
     """Of one classifier; NotFound where there is none."""
     columns = (
         Classifier.id, Classifier.method, Classifier.status, Classifier.job_id, Classifier.embedding_set_id,
-        Classifier.knowledge_id, EmbeddingSet.version,
+        Classifier.knowledge_id, func.coalesce(EmbeddingSet.version, 0),
     )  # fmt: skip
     joined = select(*columns).outerjoin(EmbeddingSet, Classifier.embedding_set_id == EmbeddingSet.id)
     found = session.execute(joined.where(Classifier.id == classifier_id)).first()
     if found is None:
         raise _missing(Classifier, classifier_id)
-    return ClassifierState(*found[:-1], version=found.version or 0)
+    return ClassifierState(*found)
 
 
 def newest_classifier(session: Session, method: str | None = None) -> str | None:

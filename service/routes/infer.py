@@ -60,8 +60,7 @@ async def infer(
     options = validated(images.options, Options)
     names = options.class_names and list(validate_class_names(options.class_names, field="class_names"))
     chosen = await run_in_threadpool(_chosen, parts, options.classifier_id)
-    asked = {"classifier": chosen, "class_names": names, "tau": options.tau, "top_k": options.top_k}
-    asked["timeout_s"] = options.timeout_s
+    asked = options.model_dump(exclude={"classifier_id"}) | {"classifier": chosen, "class_names": names}
     _, data = await ask(request, parts, parts.inference.infer, asked, images)
     return FastJSON({"classifier_id": chosen.id, "tau": options.tau, "data": data})
 

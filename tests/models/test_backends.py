@@ -15,7 +15,7 @@ import torch
 
 from models import backends
 from models.backbones import Backbone, SpatialBackbone, create_backbone
-from models.backends import OpenVINOBackbone, fast_network
+from models.backends import OpenVINOBackbone, awaits_conversion, fast_network
 from models.errors import InvalidInput, ShapeMismatch
 
 pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
@@ -154,3 +154,12 @@ def test_nothing_is_reported_to_its_makers(tmp_path: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert answer.stdout.strip() == "None"
+
+
+def test_a_network_awaits_conversion_until_it_was_made(backbone: Backbone, tmp_path: Path) -> None:
+    assert awaits_conversion(backbone, SIZE, directory=tmp_path)
+    assert not awaits_conversion(backbone, SIZE, backend="torch", directory=tmp_path)
+    assert fast_network(backbone, SIZE, directory=tmp_path, may_convert=False) is backbone
+    fast_network(backbone, SIZE, directory=tmp_path)
+    assert not awaits_conversion(backbone, SIZE, directory=tmp_path)
+    assert awaits_conversion(backbone, SIZE * 2, directory=tmp_path)

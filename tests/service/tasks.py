@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from tests.service.harness import LiveApi
+from service.schemas import ClassifierOut, JobOut
+from tests.service.harness import LiveApi, checked
 from workers.imports import import_archive, import_features, index_knowledge
 from workers.runner import Services, TaskFunction, run_job
 from workers.training import train_classifier
@@ -26,19 +28,27 @@ def finish(api: LiveApi, job_id: str, tasks: dict[str, TaskFunction] = TASKS) ->
     return api.job(job_id)
 
 
-def trained_classifier(api: LiveApi) -> str:
-    """A classifier of cats, dogs and zebras, trained on images of the first two."""
-    job = api.client.post("/v1/knowledge", json={"name": "k", "vectors": VECTORS}).json()
+def knowledge(api: LiveApi, vectors: Mapping[str, list[float]] = VECTORS, names: list[str] | None = None) -> str:
+    """The id of a source that has these vectors, read in; `names`: of its attributes, if it is one of such."""
+    body: dict[str, Any] = {"name": "k", "vectors": dict(vectors)}
+    body |= {"kind": "attributes", "attribute_names": names} if names else {}
+    job = api.client.post("/v1/knowledge", json=body).json()
     assert finish(api, job["id"])["status"] == "succeeded"
+    return str(job["resource"]["id"])
+
+
+def trained_classifier(api: LiveApi, **fields: Any) -> dict[str, Any]:
+    """A classifier of cats, dogs and zebras as the API shows it, trained on images of the first two."""
     body = {
-        "dataset_id": api.filled_dataset({"cat": 6, "dog": 6}),
-        "knowledge_id": job["resource"]["id"],
         "unseen_classes": ["zebra"],
         "method": "eszsl",
         "backbone": NETWORK,
         "image_size": 32,
+        **fields,
     }
-    job = api.client.post("/v1/classifiers", json=body).json()
+    body.setdefault("dataset_id", api.filled_dataset({"cat": 4, "dog": 4}))
+    body.setdefault("knowledge_id", knowledge(api))
+    job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
     ended = finish(api, job["id"], {"train_classifier": train_classifier})
     assert ended["status"] == "succeeded", ended["error"]
-    return str(job["resource"]["id"])
+    return checked(api.client.get(job["resource"]["href"]), ClassifierOut)

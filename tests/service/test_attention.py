@@ -15,13 +15,11 @@ from models.zero_shot.sc_egg import SCEGG
 from service.answers import AttentionOut
 from service.client import Client
 from service.core.tables import Classifier
-from service.schemas import ClassifierOut, JobOut
 from tests.service.harness import LiveApi, Server, checked, png, problem
-from tests.service.tasks import finish
+from tests.service.tasks import VECTORS, knowledge, trained_classifier
 from workers.inference import create_inference_app
 from workers.library import CLASSIFIER_FILES
 from workers.sources import unpack
-from workers.training import train_classifier
 
 RAW = {"content-type": "image/png"}
 QUICK = {
@@ -90,39 +88,17 @@ def api(own_api: LiveApi) -> Iterator[LiveApi]:
     server.stop()
 
 
-def knowledge(api: LiveApi, vectors: dict[str, list[float]], names: list[str] | None = None) -> str:
-    body: dict[str, Any] = {"name": "k", "vectors": vectors}
-    body |= {"kind": "attributes", "attribute_names": names} if names else {}
-    job = api.client.post("/v1/knowledge", json=body).json()
-    assert finish(api, job["id"])["status"] == "succeeded"
-    return str(job["resource"]["id"])
-
-
 def trained(api: LiveApi, method: str = "sc_egg", **fields: Any) -> dict[str, Any]:
     """A classifier of three attributes, from drawn photos."""
-    body = {
-        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
-        "unseen_classes": ["zebra"],
-        "method": method,
-        "params": QUICK if method == "sc_egg" else {},
-        "backbone": {"name": "small_cnn", "weights": "random"},
-        "image_size": 64,
-        **fields,
-    }
-    job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
-    ended = finish(api, job["id"], {"train_classifier": train_classifier})
-    assert ended["status"] == "succeeded", ended["error"]
-    return checked(api.client.get(job["resource"]["href"]), ClassifierOut)
-
-
-ATTRIBUTES = {"cat": [1.0, 0.0, 0.2], "dog": [0.0, 1.0, 0.1], "zebra": [0.7, 0.7, 1.0]}
+    params = QUICK if method == "sc_egg" else {}
+    return trained_classifier(api, **{"method": method, "params": params, "image_size": 64, **fields})
 
 
 def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo(api: LiveApi, tmp_path: Any) -> None:
     words = {"furry": [3.0, 0.0], "tail": [0.0, 2.0]}
     row = trained(
         api,
-        knowledge_id=knowledge(api, ATTRIBUTES, ["furry", "quadrapedal", "tail"]),
+        knowledge_id=knowledge(api, VECTORS, ["furry", "quadrapedal", "tail"]),
         dimension_knowledge_id=knowledge(api, words),
         params={**QUICK, "center_vectors": False},
     )
@@ -143,16 +119,16 @@ def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo
 
 
 def test_names_of_the_request_go_before_and_methods_without_places_are_refused(api: LiveApi) -> None:
-    row = trained(api, knowledge_id=knowledge(api, ATTRIBUTES), dimension_names=["a", "b", "c"])
+    row = trained(api, knowledge_id=knowledge(api, VECTORS), dimension_names=["a", "b", "c"])
     (found,) = checked(api.client.post(url(row["id"]), content=png(9), headers=RAW), AttentionOut)["data"]
     assert sorted(entry["name"] for entry in found["dimensions"]) == ["a", "b", "c"]
-    other = trained(api, "sje", knowledge_id=knowledge(api, ATTRIBUTES))
+    other = trained(api, "sje", knowledge_id=knowledge(api, VECTORS))
     problem(api.client.post(url(other["id"]), content=png(9), headers=RAW), 422, "no attention maps")
 
 
 def test_vectors_and_names_that_do_not_fit_are_told_before_a_job_is_queued(start_api: Callable[..., LiveApi]) -> None:
     api = start_api()
-    plain, words = knowledge(api, ATTRIBUTES), knowledge(api, {"furry": [1.0]})
+    plain, words = knowledge(api, VECTORS), knowledge(api, {"furry": [1.0]})
     body: dict[str, Any] = {
         "dataset_id": api.dataset(), "unseen_classes": ["zebra"], "method": "sc_egg", "knowledge_id": plain,
         "backbone": {"name": "small_cnn", "weights": "random"},

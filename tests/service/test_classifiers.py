@@ -21,7 +21,7 @@ from service.core import repositories
 from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
-from tests.service.tasks import finish
+from tests.service.tasks import finish, knowledge
 from workers.runner import TaskFunction
 from workers.training import train_classifier
 
@@ -37,13 +37,6 @@ def inputs(live_api: LiveApi) -> dict[str, str]:
     vectors = {name: np.eye(4)[i] for i, name in enumerate(("cat", "dog", "cow", "polar_bear"))}
     dataset_id = live_api.filled_dataset({"cat": 1, "dog": 1, "cow": 1})
     return {"dataset_id": dataset_id, "embedding_set_id": live_api.embedding_set(vectors, unseen=("polar_bear",))}
-
-
-def knowledge(api: LiveApi, vectors: dict[str, list[float]]) -> str:
-    """The id of a source that has these vectors, read in."""
-    job = api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    finish(api, job["id"])
-    return str(job["resource"]["id"])
 
 
 def body_on(api: LiveApi, n_seen: int = 6, **fields: Any) -> dict[str, Any]:

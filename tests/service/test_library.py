@@ -30,7 +30,7 @@ class Faster:
 def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
     own_api: LiveApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier, prepared, asked = trained_classifier(own_api), threading.Event(), []
+    classifier, prepared, asked = trained_classifier(own_api)["id"], threading.Event(), []
 
     def convert(classifier_id: str, _settings: Settings) -> bool:
         asked.append(classifier_id)
@@ -42,7 +42,7 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
 
     monkeypatch.setattr(library_module, "convert_apart", convert)
     monkeypatch.setattr(library_module, "fast_backbone", fast)
-    monkeypatch.setattr(library_module, "can_convert", lambda _settings, _device: True)
+    monkeypatch.setattr(library_module, "may_become_faster", lambda _backbone, _size, _settings: not prepared.is_set())
     library = Library(own_api.parts.database, own_api.parts.store, own_api.settings, device="cpu")
     state = library.state(classifier)
     assert library.competing_at_once(state, "all") is None
@@ -65,7 +65,7 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
 @pytest.mark.slow
 def test_conversion_happens_in_a_process_of_its_own(own_api: LiveApi) -> None:
     pytest.importorskip("openvino")
-    classifier = trained_classifier(own_api)
+    classifier = trained_classifier(own_api)["id"]
     settings = own_api.settings.model_copy(update={"backend": "auto", "threads": 1})
     assert convert_apart(classifier, settings)
     (kept,) = (settings.cache_dir / "networks").iterdir()

@@ -16,7 +16,7 @@ from service.core.tables import Dataset, Image
 from service.schemas import ClassifierOut, JobOut
 from tests.service.harness import LiveApi, checked, png, problem
 from tests.service.tasks import TASKS, finish, trained_classifier
-from workers.batch import classify_dataset
+from workers.dataset_predictions import classify_dataset
 
 DO = {**TASKS, "classify_dataset": classify_dataset}
 
@@ -24,7 +24,8 @@ DO = {**TASKS, "classify_dataset": classify_dataset}
 @pytest.fixture
 def trained(own_api: LiveApi) -> str:
     """A small trained classifier of cats, dogs and zebras."""
-    return trained_classifier(own_api)
+    dataset_id = own_api.filled_dataset({"cat": 6, "dog": 6})
+    return str(trained_classifier(own_api, dataset_id=dataset_id)["id"])
 
 
 def predicted(api: LiveApi, **body: Any) -> dict[str, Any]:

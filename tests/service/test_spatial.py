@@ -16,16 +16,14 @@ from models.zero_shot.apn_spatial import APNSpatial
 from models.zero_shot.base import load_classifier
 from service.answers import ClassifyOut
 from service.core.tables import Classifier, Dataset
-from service.schemas import ClassifierOut, JobOut, MethodOut
+from service.schemas import JobOut, MethodOut
 from tests.service.harness import LiveApi, Server, checked, png, problem
-from tests.service.tasks import finish
+from tests.service.tasks import VECTORS, knowledge, trained_classifier
 from workers.engine import prepare_image
 from workers.inference import create_inference_app
 from workers.library import CLASSIFIER_FILES
 from workers.sources import unpack
-from workers.training import train_classifier
 
-NETWORK = {"name": "small_cnn", "weights": "random"}
 QUICK = {
     "epochs": 1, "steps_per_epoch": 2, "batch_size": 8, "hidden_dim": 8, "critic_steps": 1, "synthetic_per_class": 4,
     "embedding_epochs": 1, "compression_epochs": 1, "vector_dim": 4,
@@ -42,13 +40,6 @@ def api(own_api: LiveApi) -> Iterator[LiveApi]:
     server.stop()
 
 
-def knowledge(api: LiveApi) -> str:
-    vectors = {"cat": [1.0, 0.0, 0.2], "dog": [0.0, 1.0, 0.1], "zebra": [0.7, 0.7, 1.0]}
-    job = api.client.post("/v1/knowledge", json={"name": "k", "vectors": vectors}).json()
-    assert finish(api, job["id"])["status"] == "succeeded"
-    return str(job["resource"]["id"])
-
-
 APN = {"epochs": 2, "warmup_epochs": 1, "batch_size": 4}
 
 
@@ -63,19 +54,7 @@ APN = {"epochs": 2, "warmup_epochs": 1, "batch_size": 4}
 def test_a_classifier_on_maps_trains_on_photos_and_classifies_one(
     api: LiveApi, method: str, params: dict[str, Any]
 ) -> None:
-    body = {
-        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
-        "knowledge_id": knowledge(api),
-        "unseen_classes": ["zebra"],
-        "method": method,
-        "params": params,
-        "backbone": NETWORK,
-        "image_size": 32,
-    }
-    job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
-    ended = finish(api, job["id"], {"train_classifier": train_classifier})
-    assert ended["status"] == "succeeded", ended["error"]
-    row = checked(api.client.get(job["resource"]["href"]), ClassifierOut)
+    row = trained_classifier(api, method=method, params=params)
     assert row["metrics"]["backbone"]["feature_dim"] == 256  # of the network; a map has several places of as many
     form = {"classifier_id": row["id"], "class_names": "cat,dog,zebra"}
     answer = api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
@@ -85,22 +64,13 @@ def test_a_classifier_on_maps_trains_on_photos_and_classifies_one(
 
 
 def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(api: LiveApi, tmp_path: Path) -> None:
-    body = {
-        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
-        "knowledge_id": knowledge(api),
-        "unseen_classes": ["zebra"],
-        "method": "apn_spatial",
-        "params": {**APN, "mode": "finetune", "backbone_learning_rate": 0.1, "early_stopping": False},
-        "backbone": NETWORK,
-        "image_size": 32,
-    }
-    job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
-    assert finish(api, job["id"], {"train_classifier": train_classifier})["status"] == "succeeded"
-    form = {"classifier_id": job["resource"]["id"], "class_names": "cat,dog,zebra", "gamma": "0"}
+    params = {**APN, "mode": "finetune", "backbone_learning_rate": 0.1, "early_stopping": False}
+    made = trained_classifier(api, method="apn_spatial", params=params)
+    form = {"classifier_id": made["id"], "class_names": "cat,dog,zebra", "gamma": "0"}
     answer = api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
     told = {entry["label"]: entry["score"] for entry in checked(answer, ClassifyOut)["data"][0]["predictions"]}
     with api.parts.database.read() as session:
-        row = session.get_one(Classifier, job["resource"]["id"])
+        row = session.get_one(Classifier, made["id"])
     model = load_classifier(unpack(api.parts.store, row.artifacts, CLASSIFIER_FILES, tmp_path))
     pixels = prepare_image(png(99), 32)[None]
     trunk = Trunk(create_backbone("small_cnn", weights=None), 32, row.params["finetuned_share"])
@@ -114,29 +84,15 @@ def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(
     with torch.no_grad():
         learned, before = (tail(torch.from_numpy(features)) for tail in (model.network.tail, trunk.tail()))
     assert not torch.allclose(learned, before)
-    place = f"{job['resource']['href']}/attention"
+    place = f"/v1/classifiers/{made['id']}/attention"
     looked = api.client.post(place, content=png(99), headers={"Content-Type": "image/png"})
     assert looked.status_code == 200, looked.text
 
 
 def test_groups_of_attributes_come_from_the_names_of_the_knowledge(api: LiveApi) -> None:
-    vectors = {"cat": [1.0, 0.0, 0.2], "dog": [0.0, 1.0, 0.1], "zebra": [0.7, 0.7, 1.0]}
     names = ["coat::striped", "coat::plain", "size::large"]
-    given = {"name": "k", "kind": "attributes", "vectors": vectors, "attribute_names": names}
-    job = api.client.post("/v1/knowledge", json=given).json()
-    assert finish(api, job["id"])["status"] == "succeeded"
-    body = {
-        "dataset_id": api.filled_dataset({"cat": 4, "dog": 4}),
-        "knowledge_id": job["resource"]["id"],
-        "unseen_classes": ["zebra"],
-        "method": "apn_spatial",
-        "params": APN,
-        "backbone": NETWORK,
-        "image_size": 32,
-    }
-    trained = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
-    assert finish(api, trained["id"], {"train_classifier": train_classifier})["status"] == "succeeded"
-    row = checked(api.client.get(trained["resource"]["href"]), ClassifierOut)
+    source = knowledge(api, VECTORS, names)
+    row = trained_classifier(api, knowledge_id=source, method="apn_spatial", params=APN)
     assert row["params"]["attribute_groups"] == [0, 0, 1]
 
 

@@ -5,70 +5,38 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from models.base import FloatArray, LabelledFeatures
 from models.embedding.extraction import ImageFeatures, extract_features
 from models.errors import InvalidInput, UnknownName
 from models.params import PatchParams
 from models.zero_shot.base import create_classifier
-from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, prepare_image
-from workers.inference import watch
-from workers.predictions import ImageError, Prediction, Relatives, Resident, rank
-
-NAMES = ("red", "green", "blue", "grey")
-EMBEDDINGS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], np.float32)
-
-
-class MeanColour:
-    """Feature = mean of each channel, 0..1. Counts batches; may be told to wait or to fail."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.go = threading.Event()
-        self.go.set()
-        self.error: Exception | None = None
-
-    def features(self, images: Tensor) -> Tensor:
-        self.batches.append(len(images))
-        assert self.go.wait(20)
-        if self.error is not None:
-            raise self.error
-        return images.float().mean(dim=(2, 3)) / 255
-
-
-class Dot:
-    """score = feature . embedding."""
-
-    is_joint = False
-
-    def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
-        return np.asarray(features @ class_embeddings.T, np.float32)
-
-
-def picture(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, GREEN, BLUE = picture((200, 0, 0)), picture((0, 200, 0)), picture((0, 0, 200))
-
-
-def resident(backbone: MeanColour | None = None) -> Resident:
-    seen = np.array([True, False, True, False])
-    return Resident(Dot(), backbone or MeanColour(), 32, NAMES, EMBEDDINGS, seen, gamma=0.0, temperature=0.1)
+from tests.workers.colours import (
+    BLUE,
+    EMBEDDINGS,
+    GREEN,
+    NAMES,
+    RED,
+    Dot,
+    MeanColour,
+    classified,
+    eventually,
+    labels,
+    picture,
+    resident,
+)
+from workers.engine import Engine, EngineBusy, EngineClosed, EngineTooLate, prepare_image
+from workers.predictions import ImageError, Relatives, Resident, rank
 
 
 @pytest.fixture
@@ -77,21 +45,6 @@ def engine() -> Iterator[Engine]:
     with Engine(decode_threads=2, max_wait_ms=50) as running:
         yield running
     assert torch.get_num_threads() == threads
-
-
-def classified(engine: Engine, *args: Any, **options: Any) -> list[list[Prediction] | ImageError]:
-    return engine.classify(*args, **options).result(20)
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def labels(answers: list[list[Prediction] | ImageError]) -> list[str | None]:
-    return [None if isinstance(answer, ImageError) else answer[0].label for answer in answers]
 
 
 def test_answers_come_in_the_order_of_the_images(engine: Engine) -> None:
@@ -254,64 +207,6 @@ def test_an_answer_that_comes_too_late_is_none(engine: Engine) -> None:
     backbone.go.set()
     with pytest.raises(EngineTooLate):
         late.result(timeout=20)
-
-
-def test_a_probe_sends_an_image_through_the_network_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = MeanColour()
-    model = resident(backbone)
-    with Engine() as engine:
-        engine.probe()  # no network yet: the device alone
-        assert engine.stats().n_images == 1
-        classified(engine, model, [RED])
-        engine.probe()  # that batch went well a moment ago
-        assert (backbone.batches, engine.stats().n_images) == ([1], 2)
-        monkeypatch.setattr("workers.engine.FRESH_S", 0.0)
-        engine.probe()
-        assert backbone.batches == [1, 1]
-        backbone.error = RuntimeError("CUDA error: device-side assert triggered")
-        with pytest.raises(EngineSick, match="device-side assert"):
-            engine.probe()
-        backbone.error = None
-        engine.probe()
-        monkeypatch.setattr(backbone, "features", lambda images: torch.full((len(images), 3), float("nan")))
-        with pytest.raises(EngineSick, match="no numbers"):
-            engine.probe()
-        assert engine.stats().n_waiting == 0
-
-
-def test_a_probe_tells_a_device_that_hangs_from_a_long_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.engine.FRESH_S", 0.0)
-    backbone = MeanColour()
-    with Engine(max_batch=1) as engine:
-        model = resident(backbone)
-        classified(engine, model, [RED])
-        slow = MeanColour.features
-        monkeypatch.setattr(backbone, "features", lambda images: (time.sleep(0.05), slow(backbone, images))[1])
-        queued = engine.classify(model, [RED] * 20)
-        engine.probe(timeout_s=0.4)  # behind a second's work, of which each twentieth ends in time
-        assert len(queued.result(timeout=20)) == 20
-        backbone.go.clear()
-        with pytest.raises(EngineSick, match="not finished a batch"):
-            engine.probe(timeout_s=0.2)
-        backbone.go.set()
-        engine.probe()
-
-
-def test_the_watchdog_ends_the_process_when_the_device_stays_sick() -> None:
-    ends: list[int] = []
-
-    class Patient:
-        def __init__(self, *states: Exception | None) -> None:
-            self.states = list(states)
-
-        def probe(self) -> None:
-            if (state := self.states.pop(0)) is not None:
-                raise state
-
-    sick = EngineSick("The device failed.")
-    for states in ((sick, sick, None, sick, sick, EngineClosed()), (None, sick, sick, sick)):
-        watch(Patient(*states), every_s=0, tries=3, end=ends.append)  # type: ignore[arg-type]  # stands in for an engine
-    assert ends == [70]
 
 
 def test_close_fails_what_is_unanswered_and_refuses_what_comes_later() -> None:

@@ -40,6 +40,19 @@ class _Tally:
     labels: Counter[str] = field(default_factory=Counter)
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
 
+    def add(self, item: dict[str, Any]) -> None:
+        """Count one image's."""
+        self.n_images += 1
+        if item["error"] is not None:
+            self.n_failed += 1
+            return
+        best = item["predictions"][0].label
+        self.n_abstained += item["abstained"]
+        self.labels[best] += 1
+        own = normalize_class_name(item["class_name"])
+        if own in self.competed:
+            self.right[own].append(normalize_class_name(best) == own)
+
     def summary(self) -> dict[str, Any]:
         """Counts, and T1 over the images whose class competed, as in evaluations: the mean over classes."""
         per_class = {name: float(np.mean(found)) for name, found in self.right.items()}
@@ -86,7 +99,7 @@ def classify_dataset(context: TaskContext) -> Publisher:
             ranked = dict(zip(known, _ranked(among, features, row.request), strict=True))
             for number in numbers:
                 item = _item(number, images[number], ranked.get(number), table.failures, row.request["min_score"])
-                _count(tally, item)
+                tally.add(item)
                 offsets.append(offsets[-1] + file.write(orjson.dumps(item) + b"\n"))
             context.progress(Progress("ranking", min(start + BLOCK_IMAGES, len(images)), len(images)))
     artifacts = {
@@ -116,26 +129,12 @@ def _ranked(among: Competing, features: FloatArray, request: dict[str, Any]) -> 
 def _item(
     number: int, image: Image, found: Sequence[Prediction] | None, failures: dict[str, str], min_score: float | None
 ) -> dict[str, Any]:
-    predictions = [{"label": p.label, "score": p.score, "seen": p.seen} for p in found or ()]
     return {
         "index": number,
         "image_id": image.id,
         "filename": image.filename,
         "class_name": image.class_name,
-        "predictions": predictions,
+        "predictions": found or (),
         "error": None if found else failures.get(image.sha256, "The image could not be read."),
         "abstained": bool(found and min_score is not None and found[0].score < min_score),
     }
-
-
-def _count(tally: _Tally, item: dict[str, Any]) -> None:
-    tally.n_images += 1
-    if item["error"] is not None:
-        tally.n_failed += 1
-        return
-    best = item["predictions"][0]["label"]
-    tally.n_abstained += item["abstained"]
-    tally.labels[best] += 1
-    own = normalize_class_name(item["class_name"])
-    if own in tally.competed:
-        tally.right[own].append(normalize_class_name(best) == own)
