@@ -162,9 +162,14 @@ def _csv(results: Path, top_k: int) -> Iterator[str]:
         for line in file:
             item = orjson.loads(line)
             found = [value for p in item["predictions"] for value in (p["label"], repr(p["score"]))]
-            writer.writerow([*("" if item[name] is None else item[name] for name in about), *found])
+            writer.writerow([*(_cell(item[name]) for name in about), *found])
             if out.tell() > 2**16:
                 yield out.getvalue()
                 out.seek(0)
                 out.truncate()
     yield out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """As the other exports write it: JSON's words for true and false, nothing for null."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else value

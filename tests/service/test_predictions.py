@@ -76,6 +76,7 @@ def test_every_image_of_a_dataset_is_classified_as_one_alone_would_be(own_api: L
     for line, item in zip(csv.DictReader(io.StringIO(table)), found, strict=True):
         assert (line["class_name"], line["label_1"]) == (item["class_name"], item["predictions"][0]["label"])
         assert float(line["score_2"]) == item["predictions"][1]["score"]
+        assert (line["abstained"], line["error"]) == ("false", "")
 
 
 def test_scope_classes_and_abstention(own_api: LiveApi, trained: str) -> None:
