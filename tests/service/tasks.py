@@ -44,10 +44,10 @@ def trained_classifier(api: LiveApi, **fields: Any) -> dict[str, Any]:
         "method": "eszsl",
         "backbone": NETWORK,
         "image_size": 32,
+        "dataset_id": fields.get("dataset_id") or api.filled_dataset({"cat": 4, "dog": 4}),
+        "knowledge_id": fields.get("knowledge_id") or knowledge(api),
         **fields,
     }
-    body.setdefault("dataset_id", api.filled_dataset({"cat": 4, "dog": 4}))
-    body.setdefault("knowledge_id", knowledge(api))
     job = checked(api.client.post("/v1/classifiers", json=body), JobOut, 202)
     ended = finish(api, job["id"], {"train_classifier": train_classifier})
     assert ended["status"] == "succeeded", ended["error"]

@@ -6,13 +6,17 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 
 from service.core.settings import Settings
+from service.core.tables import Classifier, EmbeddingClass, EmbeddingSet
 from tests.service.harness import LiveApi
-from tests.service.tasks import trained_classifier
+from tests.service.tasks import VECTORS, trained_classifier
 from workers import library as library_module
+from workers.engine import Engine
+from workers.inference import Inference
 from workers.library import Library, convert_apart
 
 
@@ -71,3 +75,30 @@ def test_conversion_happens_in_a_process_of_its_own(own_api: LiveApi) -> None:
     (kept,) = (settings.cache_dir / "networks").iterdir()
     assert {"model.xml", "measured.json"} <= {path.name for path in kept.iterdir()}
     assert not convert_apart("cl_unknown", settings)
+
+
+def test_a_new_class_of_the_set_competes_at_once_and_nothing_is_loaded_again(own_api: LiveApi) -> None:
+    classifier, made = trained_classifier(own_api)["id"], own_api.embedding_set(VECTORS, unseen=("zebra",))
+    with own_api.parts.database.write() as session:  # as if it had been trained on the set
+        session.get_one(Classifier, classifier).embedding_set_id = made
+    library = Library(own_api.parts.database, own_api.parts.store, own_api.settings, device="cpu")
+    before = library.competing(library.state(classifier), "unseen", None).resident
+    with own_api.parts.database.write() as session:
+        vector = np.array([0.1, 0.9, 0.9], "<f4").tobytes()
+        session.add(EmbeddingClass(embedding_set_id=made, name="okapi", position=3, is_seen=False, vector=vector))
+        session.get_one(EmbeddingSet, made).version += 1
+    after = library.competing(library.state(classifier), "unseen", None).resident
+    assert (before.class_names, after.class_names) == (("zebra",), ("zebra", "okapi"))
+    assert after.classifier is before.classifier
+    assert after.backbone is before.backbone
+
+
+def test_warming_up_loads_the_newest_classifier_and_sends_an_image_through_it(own_api: LiveApi) -> None:
+    library = Library(own_api.parts.database, own_api.parts.store, own_api.settings, device="cpu")
+    with Engine() as engine:
+        Inference(library, engine).warm_up()  # there is none yet
+        assert engine.stats().n_images == 0
+        trained_classifier(own_api)
+        newest = trained_classifier(own_api)["id"]
+        Inference(library, engine).warm_up()
+        assert (library.resident_names(), engine.stats().n_images) == ([newest], 1)
