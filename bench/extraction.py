@@ -1,6 +1,6 @@
-"""Patch features: the pipeline's patches a second against the bare network's, and memory while the data grows.
+"""Patch features: the pipeline's patches a second against the bare network's, and time and memory while the data grows.
 
-    python bench/extraction.py [--images ../shared/data/animals/images] [--backbone mobilenet_v2] [--weights FILE]
+    python bench/extraction.py [--images PHOTOS/images] [--backbone mobilenet_v2] [--weights FILE]
 
 Prints one JSON object. Rounds are interleaved, so that other load on the machine meets all parts alike:
 - raw_call: `Backbone.features` on patches in memory, torch spreading each operation over all threads;
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -32,7 +33,7 @@ from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
 from service.core.process import COMPUTE_ENVIRONMENT
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+CREATURES = Path(__file__).resolve().parents[1] / "examples" / "creatures" / "images"
 
 
 def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,26 +87,34 @@ def measure_stages(args: argparse.Namespace) -> dict[str, float]:
     return {name: round(seconds * 1000 / len(images), 2) for name, seconds in times.items()}
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peak resident MiB of fresh processes that extract 1x and 10x the images."""
-    peaks: dict[str, float] = {}
+def measure_growth(args: argparse.Namespace) -> list[dict[str, float]]:
+    """Peak resident MiB and CPU seconds of fresh processes that extract 1, 10 and 100 times the images.
+
+    exponent: of the time, from the size before to this one.
+    """
+    found: list[dict[str, float]] = []
     environment = {**os.environ, **COMPUTE_ENVIRONMENT}
-    for n_images in (args.memory_images, 10 * args.memory_images):
-        command = [sys.executable, __file__, "--peak-of", str(n_images), "--images", str(args.images)]
+    for n_images in (args.growth_images, 10 * args.growth_images, 100 * args.growth_images):
+        command = [sys.executable, __file__, "--growth-of", str(n_images), "--images", str(args.images)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        peaks[f"{n_images}_images"] = float(done.stdout)
-    return peaks
+        peak, seconds = (float(field) for field in done.stdout.split())
+        one = {"images": n_images, "peak_rss_mib": round(peak), "cpu_s": round(seconds, 2)}
+        if found:
+            grown = math.log(seconds / found[-1]["cpu_s"]) / math.log(n_images / found[-1]["images"])
+            one["exponent"] = round(grown, 3)
+        found.append(one)
+    return found
 
 
-def print_peak(args: argparse.Namespace) -> None:
-    """Extracts with the small network, which leaves the pipeline's own memory in view."""
+def print_growth(args: argparse.Namespace) -> None:
+    """Extracts with the small network, which leaves the pipeline's own time and memory in view."""
     backbone = create_backbone("small_cnn", weights=None)
-    paths = _sample(args.images, args.peak_of)
-    paths = (paths * -(-args.peak_of // len(paths)))[: args.peak_of]
-    images = ((str(number), path.read_bytes) for number, path in enumerate(paths))
+    paths = _sample(args.images, args.growth_of)
+    images = ((str(number), paths[number % len(paths)].read_bytes) for number in range(args.growth_of))
+    began = time.process_time()
     for _ in extract_features(images, backbone, PatchParams(size=96), n_threads=args.threads):
         pass
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.process_time() - began)
 
 
 def _sample(folder: Path, n: int) -> list[Path]:
@@ -162,7 +171,7 @@ def _ratio(rounds: list[dict[str, dict[str, float]]], raw: str) -> dict[str, flo
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=SHARED / "data" / "animals" / "images")
+    parser.add_argument("--images", type=Path, default=CREATURES)
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file; untrained otherwise (same speed)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -170,19 +179,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-images", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-images", type=int, default=60, help="0: leave memory out")
-    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--growth-images", type=int, default=60, help="and 10 and 100 times as many; 0: leave growth out"
+    )
+    parser.add_argument("--growth-of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.peak_of:
-        print_peak(args)
+    if args.growth_of:
+        print_growth(args)
         return
     result = {**measure_throughput(args), "prepare_cpu_ms_per_image": measure_stages(args)}
-    if args.memory_images:
-        result["peak_rss_mib"] = measure_memory(args)
+    if args.growth_images:
+        result["growth"] = measure_growth(args)
     print(json.dumps(result, indent=2))
 
 

@@ -76,8 +76,11 @@ def memory_of(pid: int) -> dict[str, float]:
     return {names[field[0]]: int(field[1]) / 1024 for field in fields if field and field[0] in names}
 
 
-def write_archive(path: Path, data: Path, classes: list[str], n_images: int) -> None:
-    """About `n_images` images of `classes`, in equal parts: the folder's own in turn, each time turned a bit more."""
+def write_archive(path: Path, data: Path, classes: list[str], n_images: int, *, turned_by: float = 0) -> None:
+    """About `n_images` images of `classes`, in equal parts: the folder's own in turn, each time turned a bit more.
+
+    turned_by: degrees that all are turned by at the start, so that no two archives share an image.
+    """
     per_class = -(-n_images // len(classes))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in classes:
@@ -85,7 +88,7 @@ def write_archive(path: Path, data: Path, classes: list[str], n_images: int) -> 
             pictures = [Image.open(source).convert("RGB") for source in sources[:per_class]]
             for number in range(per_class):
                 turned = pictures[number % len(pictures)].rotate(
-                    0.5 * (number // len(pictures)), Image.Resampling.BILINEAR
+                    turned_by + 0.5 * (number // len(pictures)), Image.Resampling.BILINEAR
                 )
                 out = io.BytesIO()
                 turned.save(out, "JPEG", quality=90)

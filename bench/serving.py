@@ -1,14 +1,15 @@
 """Classify over HTTP against the bare model loop, and against other servers on the same photos and network.
 
-    python bench/serving.py --data ../shared/data/animals --weights ../shared/weights/FILE [--network resnet50]
+    python bench/serving.py [--data ../shared/data/animals] [--weights ../shared/weights/FILE] [--network resnet50]
         [--rival naive=PYTHON:bench/rivals/naive.py] [--rival litserve=PYTHON:bench/rivals/litserve_server.py]
         [--rival infinity=PYTHON:bench/rivals/infinity_server.py]
 
 Starts a service of its own in a temporary folder, trains SJE on the folder's photos, and sends one photo a
 request at each concurrency. In turns with it, round by round, in this process: the network alone on decoded batches
-(`network`), and one photo after the other from its file (`one by one`). Rivals run in an environment of their own; see
-bench/rivals. The client is a bare socket a connection, some 0.1 ms a request. Prints one JSON object, to standard error
-Markdown; medians over the rounds.
+(`network`), a plain loop that decodes 32 photos and computes them (`loop`), and one photo after the other from its file
+(`one by one`). Rivals run in an environment of their own; see bench/rivals. Without options: the demo's pictures and an
+untrained network, whose speed is the same. The client is a bare socket a connection, some 0.1 ms a request. Prints one
+JSON object, to standard error Markdown; medians over the rounds.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from service.local import LocalService, free_port
 from workers.engine import prepare_image
 
 Json = dict[str, Any]
+CREATURES = Path(__file__).resolve().parents[1] / "examples" / "creatures"
 SIDE = 224
 CONCURRENCY = (1, 8, 32, 128)
 
@@ -89,7 +91,7 @@ def load(port: int, requests: list[bytes], concurrency: int, n_requests: int) ->
     return {"images_per_s": images_per_s, "p50": p50, "p95": p95, "p99": p99}
 
 
-def trained(client: Client, data: Path, network: str, weights: Path) -> str:
+def trained(client: Client, data: Path, network: str, weights: str) -> str:
     """The id of an SJE classifier on the folder's photos."""
     splits = json.loads((data / "splits.json").read_text())
     knowledge = client.wait(
@@ -101,7 +103,7 @@ def trained(client: Client, data: Path, network: str, weights: Path) -> str:
         dataset["id"],
         knowledge_id=knowledge["resource"]["id"],
         method="sje",
-        backbone={"name": network, "weights": weights.name},
+        backbone={"name": network, "weights": weights},
         **{name: splits[name] for name in ("seen_classes", "unseen_classes", "validation_classes")},
     )
     return str(client.wait(job)["resource"]["id"])
@@ -172,6 +174,9 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
     def alone() -> int:
         return len(network.features(batch))
 
+    def loop() -> int:
+        return len(network.features(torch.stack([prepare_image(photo, SIDE) for photo in photos[:32]])))
+
     turn = iter(range(10**9))
 
     def one_by_one() -> int:
@@ -180,10 +185,10 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
     rounds: list[Json] = []
     with ExitStack() as stack:
         os.environ["UNSEEN_THREADS"] = str(args.threads)
-        service = stack.enter_context(LocalService(folder / "data", weights_dir=args.weights.parent))
+        service = stack.enter_context(LocalService(folder / "data", weights_dir=args.weights and args.weights.parent))
         with Client(service.url) as client:
             service.wait_until_ready(client)
-            classifier = trained(client, args.data, args.network, args.weights)
+            classifier = trained(client, args.data, args.network, args.weights.name if args.weights else "random")
         path = f"/v1/classify?classifier_id={classifier}"
         servers = {"unseen": (service.port, [request_of(photo, "unseen", path) for photo in photos])}
         awake: dict[str, Callable[[], AbstractContextManager[None]]] = {"unseen": nullcontext}
@@ -197,7 +202,8 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
                 load(port, requests, 8, 64)
         time.sleep(args.settle)  # the network is prepared behind the first requests
         for _ in range(args.rounds):
-            measured: Json = {"network": rate(alone, 3), "one by one": rate(one_by_one, 3), "servers": {}}
+            measured: Json = {"network": rate(alone, 3), "loop": rate(loop, 3), "one by one": rate(one_by_one, 3)}
+            measured["servers"] = {}
             for concurrency in CONCURRENCY:
                 for name, (port, requests) in servers.items():
                     n_requests = max(args.requests, 2 * concurrency)
@@ -207,6 +213,7 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
             rounds.append(measured)
     return {
         "network": {"images_per_s": median(r["network"][0] for r in rounds)},
+        "loop": {"images_per_s": median(r["loop"][0] for r in rounds)},
         "one_by_one": {
             "images_per_s": median(r["one by one"][0] for r in rounds),
             "p50": median(r["one by one"][1] for r in rounds),
@@ -223,21 +230,23 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
 
 def markdown(found: Json) -> str:
     """The table of a result."""
-    raw = found["network"]["images_per_s"]
+    raw, loop = found["network"]["images_per_s"], found["loop"]["images_per_s"]
     lines = [
-        "| server | at a time | images a second | ÷ network alone | p50 ms | p95 | p99 |",
-        "|---|---|---|---|---|---|---|",
+        "| server | at a time | images a second | ÷ network alone | ÷ loop | p50 ms | p95 | p99 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in found["servers"].items():
         for concurrency, row in rows.items():
             numbers = " | ".join(f"{row[what]:.1f}" for what in ("p50", "p95", "p99"))
             speed = row["images_per_s"]
-            lines.append(f"| {name} | {concurrency} | {speed:.1f} | {speed / raw:.2f} | {numbers} |")
+            lines.append(
+                f"| {name} | {concurrency} | {speed:.1f} | {speed / raw:.2f} | {speed / loop:.2f} | {numbers} |"
+            )
     alone = found["one_by_one"]
     overhead = found["servers"]["unseen"]["1"]["p50"] - alone["p50"]
     lines.append(
-        f"\nThe network alone, 32 at a time: {raw:.1f} images a second; one photo after the other from its file: "
-        f"{alone['images_per_s']:.1f}, {alone['p50']:.1f} ms each. HTTP adds {overhead:.1f} ms."
+        f"\nThe network alone, 32 at a time: {raw:.1f} images a second; with decoding, in a loop: {loop:.1f}; one photo "
+        f"after the other from its file: {alone['images_per_s']:.1f}, {alone['p50']:.1f} ms each. HTTP adds {overhead:.1f} ms."
     )
     return "\n".join(lines)
 
@@ -245,8 +254,8 @@ def markdown(found: Json) -> str:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with images/, splits.json and knowledge/")
-    parser.add_argument("--weights", type=Path, required=True, help="the network's")
+    parser.add_argument("--data", type=Path, default=CREATURES, help="folder with images/, splits.json and knowledge/")
+    parser.add_argument("--weights", type=Path, help="the network's; rivals need them")
     parser.add_argument("--network", default="mobilenet_v2")
     parser.add_argument("--rival", action="append", default=[], help="NAME=PYTHON:SCRIPT")
     parser.add_argument("--threads", type=int, default=2)
@@ -254,6 +263,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=192, help="at each concurrency")
     parser.add_argument("--settle", type=float, default=20.0, help="seconds between first requests and measuring")
     args = parser.parse_args()
+    if args.rival and not args.weights:
+        parser.error("--rival needs --weights: all must compute the same network.")
     photos = [path.read_bytes() for path in sorted((args.data / "images").glob("*/*"))[::11][:96]]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args, photos, Path(folder))

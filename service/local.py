@@ -18,7 +18,7 @@ from service.core.process import launch
 
 LOG_FILE = "serve.log"
 _STOP_S = 20.0
-_OWN = ("DEVICE", "THREADS", "BACKEND", "LOG_LEVEL", "WEIGHTS_DIR", "MAX_")
+_OWN = ("DEVICE", "WORKERS", "THREADS", "BACKEND", "LOG_LEVEL", "WEIGHTS_DIR", "MAX_")
 """Settings of the environment that reach it: what the machine offers, never somebody's database or Redis."""
 
 

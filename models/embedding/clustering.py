@@ -263,7 +263,7 @@ class _Run:
         groups: list[dict[str, Any]] = [{"params": list(self.heads.parameters())}]
         if isinstance(self.rows, BackboneRows):
             groups.append(self.rows.parameter_group(params.backbone_learning_rate))
-        self.optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
+        self.optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True)
 
     def warm_up(self) -> dict[str, float]:
         """Trains the heads on the features as they are: what random heads ask for would spoil the network's layers."""
