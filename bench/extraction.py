@@ -1,4 +1,4 @@
-"""Patch features: the pipeline's patches a second against the bare network's, and time and memory while the data grows.
+"""Patch features: the pipeline's patches a second against the bare network's, and what grows with the images.
 
     python bench/extraction.py [--images PHOTOS/images] [--backbone mobilenet_v2] [--weights FILE]
 
