@@ -245,8 +245,8 @@ def markdown(found: Json) -> str:
     alone = found["one_by_one"]
     overhead = found["servers"]["unseen"]["1"]["p50"] - alone["p50"]
     lines.append(
-        f"\nThe network alone, 32 at a time: {raw:.1f} images a second; with decoding, in a loop: {loop:.1f}; one photo "
-        f"after the other from its file: {alone['images_per_s']:.1f}, {alone['p50']:.1f} ms each. HTTP adds "
+        f"\nThe network alone, 32 at a time: {raw:.1f} images a second; with decoding, in a loop: {loop:.1f}; one "
+        f"photo after the other from its file: {alone['images_per_s']:.1f}, {alone['p50']:.1f} ms each. HTTP adds "
         f"{overhead:.1f} ms."
     )
     return "\n".join(lines)
