@@ -8,6 +8,7 @@ newest events lie here once, each client has its place among them, and one that 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
@@ -28,7 +29,9 @@ from service.core.logging import get_logger
 SILENCE_S = 1.0  # a client hears something about this often at least
 KEPT_EVENTS = 256
 BATCH = 100  # events of one job in one answer of Redis
-CONNECTIONS = 4  # the reader's, and those of clients that are behind
+LIVE_CONNECTIONS = 2  # the blocking read, and what ends it
+PAST_CONNECTIONS = 2  # for clients that are behind: they cannot hold up the others
+LOOKS = 20  # at states in one turn, beside those of jobs that were told about
 _WAKE_EXPIRY_S = 60
 _log = get_logger(__name__)
 
@@ -154,15 +157,8 @@ class Fanout:
     """The watched jobs of this process. `state_of` reads a job from the database, in a thread."""
 
     def __init__(self, redis_url: str, state_of: Callable[[str], Json]) -> None:
-        pool = BlockingConnectionPool.from_url(
-            redis_url,
-            max_connections=CONNECTIONS,
-            timeout=1,
-            socket_connect_timeout=3,
-            socket_timeout=3,
-            retry=Retry(NoBackoff(), 1, (ConnectionLost,)),
-        )
-        self._redis = Redis.from_pool(pool)
+        self._live = _client(redis_url, LIVE_CONNECTIONS)
+        self._past = _client(redis_url, PAST_CONNECTIONS)
         self._state_of = state_of
         self._feeds: dict[str, _Feed] = {}
         self._changed = asyncio.Event()
@@ -195,7 +191,8 @@ class Fanout:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
-        await self._redis.aclose()
+        await self._live.aclose()
+        await self._past.aclose()
 
     async def _run(self) -> None:
         while self._feeds:
@@ -221,7 +218,10 @@ class Fanout:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _seconds_left(feeds))
         now = time.monotonic()
-        due = {key: feed for key, feed in feeds.items() if feed.n_watches and (key in told or feed.due <= now)}
+        looks = sorted((key for key in feeds if feeds[key].due <= now), key=lambda key: feeds[key].due)[:LOOKS]
+        due = {key: feeds[key] for key in {*told, *looks} if feeds[key].n_watches}
+        if not due:
+            return
         for feed in due.values():
             feed.begin()
         states = await asyncio.to_thread(self._states, list(due))
@@ -229,7 +229,7 @@ class Fanout:
         if ended:  # what was told before the end, and after the read above
             cursors = {key: some[-1].id if some else events.event_id(due[key].end) for key, some in ended.items()}
             with suppress(RedisError):
-                for key, rest in (await self._read(cursors)).items():
+                for key, rest in (await self._read(self._live, cursors)).items():
                     told[key] = [*ended[key], *rest]
         for key, feed in due.items():
             feed.finish(told.get(key, []), states[key])
@@ -238,16 +238,16 @@ class Fanout:
         """New events by job, as soon as there are any, a look at a state is due, or somebody comes."""
         closed = {job_id: feed for job_id, feed in feeds.items() if not feed.is_open}
         if closed:
-            async with self._redis.pipeline(transaction=False) as pipeline:
+            async with self._live.pipeline(transaction=False) as pipeline:
                 for job_id in closed:
                     pipeline.xrevrange(events.key(job_id), count=1)
                 for feed, answer in zip(closed.values(), await pipeline.execute(), strict=True):
                     feed.open(events.position(events.newest_id(answer)))
         cursors = {job_id: events.event_id(feed.end) for job_id, feed in feeds.items()}
-        block_ms = int(1000 * _seconds_left(feeds))
+        block_ms = math.ceil(1000 * _seconds_left(feeds))
         if not block_ms:
-            return await self._read(cursors, count=BATCH)
-        reading = asyncio.ensure_future(self._read(cursors, count=BATCH, block_ms=block_ms))
+            return await self._read(self._live, cursors, count=BATCH)
+        reading = asyncio.ensure_future(self._read(self._live, cursors, count=BATCH, block_ms=block_ms))
         changing = asyncio.ensure_future(self._changed.wait())
         try:
             await asyncio.wait({reading, changing}, return_when=asyncio.FIRST_COMPLETED)
@@ -261,25 +261,26 @@ class Fanout:
 
     async def _wake(self) -> None:
         """Ends the blocking read, or the next one."""
-        async with self._redis.pipeline(transaction=False) as pipeline:
+        async with self._live.pipeline(transaction=False) as pipeline:
             pipeline.xadd(self._wake_key, events.fields("wake", {}), maxlen=1, approximate=False)
             pipeline.expire(self._wake_key, _WAKE_EXPIRY_S)
             await pipeline.execute()
 
     async def _read(
-        self, cursors: Mapping[str, str], count: int | None = None, block_ms: int | None = None
+        self, redis: Redis, cursors: Mapping[str, str], count: int | None = None, block_ms: int | None = None
     ) -> dict[str, list[Event]]:
         """Events by job after these cursors. Raises RedisError."""
         streams: dict[Any, Any] = {events.key(job_id): cursor for job_id, cursor in cursors.items()}
         if block_ms is not None:
             streams[self._wake_key] = self._woken
-        found = events.parse(await self._redis.xread(streams, count=count, block=block_ms))
+        found = events.parse(await redis.xread(streams, count=count, block=block_ms))
         if self._wake_key in found:
             self._woken = found.pop(self._wake_key)[-1].id
         return {job_id: found[events.key(job_id)] for job_id in cursors if events.key(job_id) in found}
 
     async def _missed(self, job_id: str, position: Position) -> list[Event]:
-        return (await self._read({job_id: events.event_id(position)}, count=BATCH)).get(job_id, [])
+        found = await self._read(self._past, {job_id: events.event_id(position)}, count=BATCH)
+        return found.get(job_id, [])
 
     def _states(self, job_ids: Iterable[str]) -> dict[str, Json | Exception]:
         states: dict[str, Json | Exception] = {}
@@ -289,6 +290,19 @@ class Fanout:
             except Exception as error:  # for those who watch this job
                 states[job_id] = error
         return states
+
+
+def _client(url: str, n_connections: int) -> Redis:
+    """A client that waits for one of its connections, at most a second, and does not wait for a Redis that is away."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=n_connections,
+        timeout=1,
+        socket_connect_timeout=3,
+        socket_timeout=3,
+        retry=Retry(NoBackoff(), 1, (ConnectionLost,)),
+    )
+    return Redis.from_pool(pool)
 
 
 def _seconds_left(feeds: Mapping[str, _Feed]) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,26 +15,9 @@ from service import fanout as fanout_module
 from service.core import events
 from service.core.embedded import EmbeddedValkey
 from service.core.errors import NotFound
-from service.fanout import CONNECTIONS, KEPT_EVENTS, SILENCE_S, Fanout, Watch
-from tests.service.harness import LiveApi
+from service.fanout import LOOKS, PAST_CONNECTIONS, SILENCE_S, Fanout, Watch
 
 JOB, OTHER = "job_one", "job_two"
-
-
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    """A server that nobody else talks to, and that the test may stop."""
-    server = EmbeddedValkey(tmp_path / "valkey", tmp_path / "s")
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def own_redis(own_valkey: EmbeddedValkey) -> Iterator[Redis]:
-    """The test's own connection to it."""
-    with Redis.from_url(own_valkey.url) as client:
-        yield client
 
 
 class States:
@@ -96,142 +78,6 @@ def n_reads(redis: Redis) -> int:
     """How many XREADs the server has carried out."""
     stats: Any = redis.info("commandstats")
     return int(stats.get("cmdstat_xread", {"calls": 0})["calls"])
-
-
-class Stream:
-    """A client over a bare socket, which reads when it is told to."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.ids: list[str] = []
-        self.numbers: list[int] = []
-
-    @classmethod
-    async def open(cls, api: LiveApi, job_id: str, last_id: str | None = None, path: str = "/events") -> Stream:
-        """A client that has asked and been told the job's status."""
-        stream = cls(*await asyncio.open_connection("127.0.0.1", api.port, limit=2**20))
-        head = f"GET /v1/jobs/{job_id}{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        stream.writer.write((head + (f"Last-Event-ID: {last_id}\r\n" if last_id else "") + "\r\n").encode())
-        if path == "/events":
-            while not (await stream.reader.readline()).startswith(b"event: status"):
-                pass
-        return stream
-
-    async def rest(self) -> Stream:
-        """Reads to the end of the job."""
-        event_id = ""
-        while not (line := (await self.reader.readline()).decode()).startswith("event: end"):
-            assert line, "the stream broke off"
-            name, _, value = line.strip().partition(": ")
-            if name == "id":
-                event_id = value
-            elif name == "data" and '"completed"' in value and '"status"' not in value:
-                self.ids.append(event_id)
-                self.numbers.append(int(value.partition('"completed":')[2].partition(",")[0].rstrip("}")))
-        self.writer.close()
-        return self
-
-
-# ---- over HTTP --------------------------------------------------------------------------------
-
-
-def test_fifty_clients_take_as_many_connections_as_one(
-    start_api: Callable[..., LiveApi], own_valkey: EmbeddedValkey, own_redis: Redis
-) -> None:
-    api = start_api(redis_url=own_valkey.url)
-    job_ids = [api.add_job("running") for _ in range(3)]
-
-    async def test() -> None:
-        n_before = len(own_redis.client_list())
-        streams = await asyncio.gather(*(Stream.open(api, job_ids[number % 3]) for number in range(50)))
-        reading = [asyncio.create_task(stream.rest()) for stream in streams]
-        most = 0
-        for number in range(40):
-            for job_id in job_ids:
-                publish(own_redis, range(number, number + 1), job_id)
-            most = max(most, len(own_redis.client_list()))
-            await asyncio.sleep(0.01)
-        assert most - n_before <= CONNECTIONS
-        for job_id in job_ids:
-            api.set_job(job_id, status="succeeded")
-        for stream in await asyncio.gather(*reading):
-            assert stream.numbers == list(range(40))
-
-    run(test)
-
-
-def test_clients_that_come_in_the_middle_miss_and_repeat_nothing(live_api: LiveApi) -> None:
-    redis, job_id = live_api.parts.redis, live_api.add_job("running")
-
-    async def test() -> None:
-        ids = publish(redis, range(KEPT_EVENTS))
-        ids = publish(redis, range(400), job_id)
-        reading = []
-        for number in range(400, 520):  # some are behind what is kept, some are not, and more is told meanwhile
-            if number % 10 == 0:
-                opening = Stream.open(live_api, job_id, ids[3 * (number - 400)])
-                reading.append(asyncio.create_task(_all(opening)))
-            ids += publish(redis, range(number, number + 1), job_id)
-            await asyncio.sleep(0.005)
-        live_api.set_job(job_id, status="failed")
-        for number, stream in enumerate(await asyncio.gather(*reading)):
-            assert stream.ids == ids[30 * number + 1 :]
-            assert stream.numbers == list(range(30 * number + 1, 520))
-
-    async def _all(opening: Coroutine[Any, Any, Stream]) -> Stream:
-        return await (await opening).rest()
-
-    run(test)
-
-
-def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(live_api: LiveApi) -> None:
-    redis, job_id = live_api.parts.redis, live_api.add_job("running")
-
-    async def test() -> None:
-        slow = await Stream.open(live_api, job_id)
-        quick = asyncio.create_task((await Stream.open(live_api, job_id)).rest())
-        for number in range(0, 800, 20):  # 16 MB, more than sockets hold
-            await asyncio.to_thread(publish, redis, range(number, number + 20), job_id, text="x" * 20_000)
-        (feed,) = live_api.parts.fanout._feeds.values()
-        assert len(feed.recent) == KEPT_EVENTS
-        live_api.set_job(job_id, status="succeeded")
-        assert (await quick).numbers == list(range(800))
-        assert (await slow.rest()).numbers == list(range(800))
-
-    run(test)
-
-
-@pytest.mark.parametrize("path", ["/events", "?wait=60"])
-def test_a_client_that_hangs_up_is_forgotten(live_api: LiveApi, path: str) -> None:
-    job_id, fanout = live_api.add_job("running"), live_api.parts.fanout
-
-    async def test() -> None:
-        stream = await Stream.open(live_api, job_id, path=path)
-        await until(lambda: job_id in fanout._feeds)
-        stream.writer.close()
-        await until(lambda: not fanout._feeds, timeout_s=0.9 * SILENCE_S)
-
-    run(test)
-
-
-def test_a_long_poll_hears_of_the_end_at_once(live_api: LiveApi) -> None:
-    job_id = live_api.add_job("running")
-
-    async def test() -> None:
-        poll = await Stream.open(live_api, job_id, path="?wait=60")
-        await asyncio.sleep(0.3)  # the look at the state that comes by itself is 0.7 s away
-        began = time.monotonic()
-        live_api.set_job(job_id, status="succeeded")
-        events.publish_status(live_api.parts.redis, live_api.parts.database, job_id)
-        assert b'"status":"succeeded"' in await poll.reader.read()
-        assert time.monotonic() - began < 0.5 * SILENCE_S
-        poll.writer.close()
-
-    run(test)
-
-
-# ---- by itself --------------------------------------------------------------------------------
 
 
 def test_processes_read_for_themselves(redis: Redis, valkey: EmbeddedValkey) -> None:
@@ -326,6 +172,37 @@ def test_a_client_behind_waits_while_redis_is_away(own_redis: Redis, own_valkey:
                     assert await watch.next() == []
                 await asyncio.to_thread(own_valkey.start)
                 assert await take(watch, 300) == list(range(300))
+
+    run(test)
+
+
+def test_clients_behind_hold_up_nobody(redis: Redis, valkey: EmbeddedValkey) -> None:
+    async def test() -> None:
+        publish(redis, range(300))
+        async with fanned_out(valkey.url) as fanout, fanout.watch(JOB, "0-0") as behind, fanout.watch(JOB) as watch:
+            pool = fanout._past.connection_pool
+            taken = [await pool.get_connection() for _ in range(PAST_CONNECTIONS)]  # as if others were reading
+            publish(redis, range(300, 310))
+            assert await take(watch, 10) == list(range(300, 310))
+            assert await behind.next() == []
+            for connection in taken:
+                await pool.release(connection)
+            assert await take(behind, 310) == list(range(310))
+
+    run(test)
+
+
+def test_more_silent_jobs_than_one_turn_looks_at(redis: Redis, valkey: EmbeddedValkey) -> None:
+    states = States()
+
+    async def test() -> None:
+        async with fanned_out(valkey.url, states) as fanout, AsyncExitStack() as stack:
+            comers = [stack.enter_async_context(fanout.watch(f"job_{number}")) for number in range(3 * LOOKS)]
+            watches = await asyncio.gather(*comers)
+            states.status = "cancelling"
+            for watch in watches:
+                while watch.state["status"] != "cancelling":
+                    assert await watch.next() == []
 
     run(test)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -177,15 +176,6 @@ def test_many_streams_do_not_hold_up_other_requests(live_api: LiveApi) -> None:
         for stream in streams:
             stream.__exit__(None, None, None)
     assert took_s < 4
-
-
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    """A server that the test may stop."""
-    server = EmbeddedValkey(tmp_path / "valkey", tmp_path / "s")
-    server.start()
-    yield server
-    server.stop()
 
 
 def test_redis_away_at_submit_loses_nothing(start_api: Callable[..., LiveApi], own_valkey: EmbeddedValkey) -> None:
