@@ -4,7 +4,7 @@
 
 Starts a Valkey and an API in a temporary folder, opens so many streams of one running job, and publishes events as a
 worker does. `--against` measures another checkout in turns with this one. Prints one JSON object, to standard error
-Markdown; medians over the rounds. Connections are those that came with the clients; commands are the API's.
+Markdown; medians over the rounds. Connections and commands are the API's; its queue has one connection of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -62,8 +62,8 @@ class Api(NamedTuple):
         return sum(found.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in COMMANDS)
 
     def n_connections(self) -> int:
-        """Connections of all to Redis."""
-        return len(self.redis.client_list())
+        """Its connections to Redis."""
+        return len(self.redis.client_list()) - 1
 
     def add_job(self) -> str:
         """A running job that no worker knows of."""
@@ -134,7 +134,6 @@ async def follow(port: int, job_id: str, opened: asyncio.Event) -> list[float]:
 async def measure(api: Api, n_clients: int, n_events: int, interval_s: float) -> Row:
     """One job from its first event to its last."""
     job_id = api.add_job()
-    n_before = api.n_connections()
     began, streams = time.perf_counter(), []
     for _ in range(n_clients):
         opened = asyncio.Event()
@@ -150,7 +149,7 @@ async def measure(api: Api, n_clients: int, n_events: int, interval_s: float) ->
     for number in range(n_events):
         events.publish(api.redis, job_id, "progress", {**PROGRESS, "completed": number, "sent": time.perf_counter()})
         await asyncio.sleep(interval_s)
-        n_connections = max(n_connections, api.n_connections() - n_before)
+        n_connections = max(n_connections, api.n_connections())
     api.end(job_id)
     n_published = 2 * (n_events + 1)
     delays = [delay for some in await asyncio.gather(*streams) for delay in some]
@@ -194,16 +193,12 @@ def main() -> None:
     args = parser.parse_args()
     trees = {"this": HERE, **{name: Path(tree).resolve() for name, _, tree in (a.partition("=") for a in args.against)}}
     rounds: dict[str, dict[str, list[Row]]] = {name: {str(n): [] for n in args.clients} for name in trees}
-    with ExitStack() as stack:
-        apis = {}
-        for name, tree in trees.items():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            apis[name] = stack.enter_context(running(tree, folder))
-        for _ in range(args.rounds):
-            for n_clients in args.clients:
-                for name, api in apis.items():
+    for _ in range(args.rounds):
+        for n_clients in args.clients:
+            for name, tree in trees.items():
+                with tempfile.TemporaryDirectory() as folder, running(tree, Path(folder)) as api:
                     row = asyncio.run(measure(api, n_clients, args.events, args.interval))
-                    rounds[name][str(n_clients)].append(row)
+                rounds[name][str(n_clients)].append(row)
     found = {
         name: {n: {what: median(row[what] for row in rows) for what in rows[0]} for n, rows in counts.items()}
         for name, counts in rounds.items()
