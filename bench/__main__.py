@@ -1,7 +1,7 @@
 """`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
 
-Without names: those that take minutes. `memory` starts a service of its own, `training` takes a quarter of an hour and
-`relations` an hour, so these must be named. `serving` needs photos and weights: see `python
+Without names: those that take minutes. `memory` and `events` start services of their own, `training` takes a quarter of
+an hour and `relations` an hour, so these must be named. `serving` needs photos and weights: see `python
 bench/serving.py --help`. Plans (`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
 SHORT = ("smo", "knowledge", "extraction", "neighbours", "guard")
-ALL = (*SHORT, "memory", "training", "relations")
+ALL = (*SHORT, "memory", "events", "training", "relations")
 
 
 def machine() -> str:

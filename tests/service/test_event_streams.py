@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Self
 
 import orjson
@@ -130,6 +131,22 @@ def test_a_client_that_hangs_up_is_forgotten(live_api: LiveApi, path: str) -> No
         await until(lambda: job_id in fanout._feeds)
         stream.writer.close()
         await until(lambda: not fanout._feeds, timeout_s=0.9 * SILENCE_S)
+
+    run(test)
+
+
+def test_a_shutdown_does_not_wait_for_streams(start_api: Callable[..., LiveApi]) -> None:
+    api = start_api()
+    job_id = api.add_job("running")
+
+    async def test() -> None:
+        stream = await Stream.open(api, job_id)
+        began = time.monotonic()
+        await asyncio.to_thread(api.close)
+        assert time.monotonic() - began < 8  # of which streams have one second, and the service's threads the rest
+        with suppress(ConnectionError):
+            assert b"event: end" not in await stream.reader.read()
+        stream.writer.close()
 
     run(test)
 
