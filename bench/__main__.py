@@ -1,6 +1,6 @@
 """`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
 
-Without names: those that take minutes. `memory` and `jobs` start services of their own, `training` takes a quarter of
+Without names: those that take minutes. `memory`, `jobs` and `events` start services of their own, `training` takes a quarter of
 an hour and `relations` an hour, so these must be named. Photos are the demo's pictures unless others are named: see
 `python bench/serving.py --help`, which also compares with other servers, and `python bench/extraction.py --help`. Plans
 (`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
-SHORT = ("smo", "knowledge", "extraction", "neighbours", "clustering", "serving", "events", "guard")
-ALL = (*SHORT, "jobs", "memory", "training", "relations")
+SHORT = ("smo", "knowledge", "extraction", "neighbours", "clustering", "serving", "guard")
+ALL = (*SHORT, "jobs", "events", "memory", "training", "relations")
 
 
 def machine() -> str:

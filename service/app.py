@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from threading import Event, Thread
 
 from fastapi import FastAPI
-from redis.asyncio import Redis as AsyncRedis
 
 from service import problems
 from service.auth import Authenticator
@@ -19,6 +19,7 @@ from service.core.queue import JobQueue, connect
 from service.core.reconciler import Reconciler
 from service.core.settings import Settings
 from service.deps import Parts
+from service.fanout import Fanout
 from service.idempotency import Idempotency
 from service.inference_client import InferenceClient
 from service.middleware import Gate
@@ -37,6 +38,7 @@ from service.routes import (
     system,
     uploads,
 )
+from service.submit import current_job
 
 DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
 ROUTERS = (
@@ -48,14 +50,15 @@ ROUTERS = (
 def make_parts(settings: Settings) -> Parts:
     """Connects to database, store, Redis and inference process; nothing is contacted before it is needed."""
     connection = connect(settings.resolved_redis_url)
+    database = Database(make_engine(settings.resolved_database_url))
     return Parts(
         settings=settings,
-        database=Database(make_engine(settings.resolved_database_url)),
+        database=database,
         store=ArtifactStore(settings.resolved_store_url, settings.cache_dir),
         redis=connection,
-        async_redis=AsyncRedis.from_url(settings.resolved_redis_url, socket_connect_timeout=3, socket_timeout=10),
         queue=JobQueue(connection, settings.queue),
         inference=InferenceClient(settings),
+        fanout=Fanout(settings.resolved_redis_url, partial(current_job, database)),
     )
 
 
@@ -79,7 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         for thread in threads:
             thread.join(timeout=10)
         await parts.inference.close()
-        await parts.async_redis.aclose()
+        await parts.fanout.close()
         parts.redis.close()
         parts.database.close()
 

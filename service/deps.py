@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
 
 from models.data.images import ImageLimits
 from service.core.artifacts import ArtifactStore
@@ -18,6 +17,7 @@ from service.core.db import Database
 from service.core.errors import Invalid, Problem
 from service.core.queue import JobQueue
 from service.core.settings import Settings
+from service.fanout import Fanout
 from service.inference_client import InferenceClient
 
 
@@ -29,9 +29,9 @@ class Parts:
     database: Database
     store: ArtifactStore
     redis: Redis
-    async_redis: AsyncRedis
     queue: JobQueue
     inference: InferenceClient
+    fanout: Fanout
 
     @property
     def image_limits(self) -> ImageLimits:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.core import jobs
+from service.core import jobs, repositories
+from service.core.db import Database
 from service.core.tables import Job
 from service.deps import Parts
 from service.json import FastJSON
@@ -22,16 +23,23 @@ def submit(parts: Parts, job: Job) -> FastJSON:
     """
     parts.queue.enqueue(job.id, job.token)
     headers = {"Location": f"/v1/jobs/{job.id}", "Retry-After": "1"}
-    return FastJSON(job_out(parts, job), status_code=202, headers=headers)
+    return FastJSON(job_out(parts.database, job), status_code=202, headers=headers)
 
 
-def job_out(parts: Parts, job: Job) -> dict[str, Any]:
+def job_out(database: Database, job: Job) -> dict[str, Any]:
     """A job as the contract shows it, with its place in the queue and the resource it makes or fills."""
     position = None
     if job.status == "queued":
-        with parts.database.read() as session:
+        with database.read() as session:
             position = jobs.queue_position(session, job)
     return {**jobs.job_view(job, position), "max_attempts": job.max_attempts, "resource": resource_out(job.resource_id)}
+
+
+def current_job(database: Database, job_id: str) -> dict[str, Any]:
+    """A job as it is now. Raises NotFound."""
+    with database.read() as session:
+        job = repositories.get(session, Job, job_id)
+    return job_out(database, job)
 
 
 def resource_out(resource_id: str) -> dict[str, str]:

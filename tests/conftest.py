@@ -65,6 +65,26 @@ def redis(valkey: EmbeddedValkey) -> Iterator[Redis]:
 
 
 @pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    """A server that nobody else talks to, and that the test may stop."""
+    from service.core.embedded import EmbeddedValkey
+
+    server = EmbeddedValkey(tmp_path / "valkey", tmp_path / "s")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_redis(own_valkey: EmbeddedValkey) -> Iterator[Redis]:
+    """The test's own connection to it."""
+    from redis import Redis
+
+    with Redis.from_url(own_valkey.url) as client:
+        yield client
+
+
+@pytest.fixture
 def settings(tmp_path: Path, valkey: EmbeddedValkey) -> Settings:
     """An own data directory, the session's server, and short waits."""
     from service.core.settings import Settings

@@ -17,6 +17,10 @@ MAX_EVENTS = 1000
 EXPIRY_S = 86_400
 _log = get_logger(__name__)
 
+Position = tuple[int, int]
+"""An event's place in its stream. Ids in decimal do not sort; positions do."""
+ORIGIN: Position = (0, 0)
+
 
 @dataclass(frozen=True)
 class Event:
@@ -32,12 +36,27 @@ def key(job_id: str) -> str:
     return f"unseen:events:{job_id}"
 
 
+def position(event_id: str) -> Position:
+    """The place of an id like '1700000000000-0'."""
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number)
+
+
+def event_id(position: Position) -> str:
+    """The id at that place."""
+    return f"{position[0]}-{position[1]}"
+
+
+def fields(event: str, data: dict[str, Any]) -> dict[Any, Any]:
+    """An event as an entry of a stream."""
+    return {"event": event, "data": orjson.dumps(data)}
+
+
 def publish(redis: Redis, job_id: str, event: str, data: dict[str, Any]) -> str | None:
     """Appends an event and returns its id; None if Redis cannot take it."""
     try:
         with redis.pipeline(transaction=False) as pipeline:
-            fields: dict[Any, Any] = {"event": event, "data": orjson.dumps(data)}
-            pipeline.xadd(key(job_id), fields, maxlen=MAX_EVENTS, approximate=True)
+            pipeline.xadd(key(job_id), fields(event, data), maxlen=MAX_EVENTS, approximate=True)
             pipeline.expire(key(job_id), EXPIRY_S)
             event_id = pipeline.execute()[0]
     except RedisError as error:
@@ -61,7 +80,7 @@ def read(redis: Redis, job_id: str, last_id: str = "0-0", block_ms: int = 0, cou
     `block_ms` must stay below the client's socket timeout (10 s for `queue.connect`). Raises RedisError.
     """
     answer = redis.xread({key(job_id): last_id}, count=count, block=block_ms or None)
-    return parse(answer)
+    return parse(answer).get(key(job_id), [])
 
 
 def newest_id(answer: Any) -> str:
@@ -69,13 +88,19 @@ def newest_id(answer: Any) -> str:
     return str(answer[0][0].decode()) if answer else "0-0"
 
 
-def parse(answer: Any) -> list[Event]:
-    """Events out of an XREAD answer, whether it came from a plain or an asyncio client."""
+def parse(answer: Any) -> dict[str, list[Event]]:
+    """Events by stream out of an XREAD answer, whether it came from a plain or an asyncio client."""
     streams = answer.items() if isinstance(answer, dict) else answer or []
-    events = []
-    for _, entries in streams:
+    found = {}
+    for name, entries in streams:
         # RESP3 wraps the entries of a stream once more.
-        for entry in entries[0] if entries and isinstance(entries[0], list) else entries:
-            event_id, fields = entry
-            events.append(Event(event_id.decode(), fields[b"event"].decode(), orjson.loads(fields[b"data"])))
-    return events
+        flat = entries[0] if entries and isinstance(entries[0], list) else entries
+        found[name.decode()] = [_event(*entry) for entry in flat]
+    return found
+
+
+def _event(entry_id: bytes, entry: dict[bytes, bytes]) -> Event:
+    try:
+        return Event(entry_id.decode(), entry[b"event"].decode(), orjson.loads(entry[b"data"]))
+    except (KeyError, ValueError):  # not written by this version; its neighbours are read on
+        return Event(entry_id.decode(), "unknown", {})

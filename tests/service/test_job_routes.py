@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,8 +14,6 @@ import pytest
 from service.core import events
 from service.core.embedded import EmbeddedValkey
 from service.core.errors import Unavailable, problem_of
-from service.deps import Parts
-from service.routes import jobs as job_routes
 from service.schemas import JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
 from tests.service.tasks import finish
@@ -130,16 +127,17 @@ def test_a_stream_ends_with_the_job(live_api: LiveApi) -> None:
 
 def test_what_is_told_just_before_the_end_arrives(live_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = live_api.add_job("running")
-    view, calls = job_routes._view, iter(range(1, 99))
+    fanout = live_api.parts.fanout
+    state_of, calls = fanout._state_of, iter(range(1, 99))
 
-    def end_between_reading_events_and_state(parts: Parts, wanted: str) -> dict[str, Any]:
+    def end_between_reading_events_and_state(wanted: str) -> dict[str, Any]:
         if next(calls) == 2:
             for i in range(3):
-                events.publish(parts.redis, job_id, "progress", {"completed": i})
+                events.publish(live_api.parts.redis, job_id, "progress", {"completed": i})
             live_api.set_job(job_id, status="succeeded")
-        return view(parts, wanted)
+        return state_of(wanted)
 
-    monkeypatch.setattr(job_routes, "_view", end_between_reading_events_and_state)
+    monkeypatch.setattr(fanout, "_state_of", end_between_reading_events_and_state)
     found = follow(live_api, job_id)
     assert [data["completed"] for kind, data, _ in found if kind == "progress"] == [0, 1, 2]
     assert (found[-1][0], found[-1][1]["status"]) == ("end", "succeeded")
@@ -178,15 +176,6 @@ def test_many_streams_do_not_hold_up_other_requests(live_api: LiveApi) -> None:
         for stream in streams:
             stream.__exit__(None, None, None)
     assert took_s < 4
-
-
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    """A server that the test may stop."""
-    server = EmbeddedValkey(tmp_path / "valkey", tmp_path / "s")
-    server.start()
-    yield server
-    server.stop()
 
 
 def test_redis_away_at_submit_loses_nothing(start_api: Callable[..., LiveApi], own_valkey: EmbeddedValkey) -> None:

@@ -104,15 +104,6 @@ def is_locked(world: World, job_id: str) -> bool:
 
 
 @pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    """A server that the test may kill."""
-    server = EmbeddedValkey(tmp_path / "valkey", tmp_path / "s")
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def own_world(own_valkey: EmbeddedValkey, settings: Settings, database: Database) -> Iterator[World]:
     """The world on that server."""
     settings = settings.model_copy(update={"redis_url": own_valkey.url})

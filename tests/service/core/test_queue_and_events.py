@@ -60,3 +60,20 @@ def test_a_status_event_shows_the_job(redis: Redis, database: Database) -> None:
     events.publish_status(redis, database, "job_unknown")
     (event,) = events.read(redis, job_id)
     assert (event.event, event.data["id"], event.data["queue_position"]) == ("status", job_id, 0)
+
+
+def test_entries_of_others_do_not_stop_the_reading(redis: Redis) -> None:
+    first = events.publish(redis, JOB, "progress", {"completed": 0})
+    redis.xadd(events.key(JOB), {"kind": "progress"})
+    redis.xadd(events.key(JOB), {"event": "progress", "data": "{"})
+    last = events.publish(redis, JOB, "progress", {"completed": 1})
+    found = events.read(redis, JOB)
+    assert [event.event for event in found] == ["progress", "unknown", "unknown", "progress"]
+    assert (found[0].id, found[-1].id) == (first, last)
+
+
+def test_positions_sort_where_ids_do_not() -> None:
+    ids = ["9-0", "10-0", "10-2", "10-10"]
+    assert sorted(ids) != ids
+    assert sorted(ids, key=events.position) == ids
+    assert [events.event_id(events.position(event_id)) for event_id in ids] == ids
