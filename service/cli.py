@@ -38,7 +38,9 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on; others tha
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of everything the service keeps.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: all cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=0, help="CPU threads of a process that computes; 0: its share of the cores.")
+]
 
 
 @app.command()

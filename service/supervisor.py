@@ -24,7 +24,7 @@ from service.core.embedded import EmbeddedValkey, FolderLock
 from service.core.errors import ServiceError
 from service.core.logging import get_logger
 from service.core.migrations import upgrade
-from service.core.process import COMPUTE_ENVIRONMENT, launch
+from service.core.process import compute_environment, launch, usable_cores
 from service.core.settings import Settings
 
 _STOP_S = 3.0  # for each group of parts, so that all of them end within ten seconds
@@ -56,21 +56,21 @@ def devices(device: str) -> list[str]:
 
 
 def default_parts(settings: Settings) -> list[Part]:
-    """Inference, one worker a device, and the API."""
+    """Inference, one worker a device, and the API. Those that compute share the cores, unless a setting says more."""
     python = sys.executable
     api = [python, "-m", "service.cli", "api", "--host", settings.host, "--port", str(settings.port)]
     found = devices(settings.device)
-    inference = Part(
-        "inference", [python, "-m", "workers.inference"], {**COMPUTE_ENVIRONMENT, "UNSEEN_DEVICE": found[0]}, 0
-    )
+    share = settings.threads or max(1, usable_cores() // (1 + len(found)))
+    computes = {**compute_environment(share), "UNSEEN_THREADS": str(share)}
+    inference = Part("inference", [python, "-m", "workers.inference"], {**computes, "UNSEEN_DEVICE": found[0]}, 0)
     workers = [
         Part(
             f"worker-{i}" if len(found) > 1 else "worker",
             [python, "-m", "workers"],
-            {**COMPUTE_ENVIRONMENT, "UNSEEN_DEVICE": d},
+            {**computes, "UNSEEN_DEVICE": device},
             1,
         )
-        for i, d in enumerate(found)
+        for i, device in enumerate(found)
     ]
     return [inference, *workers, Part("api", api, {}, 2)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from service import supervisor as supervisor_module
 from service.core.queue import connect
 from service.core.settings import Settings
 from service.supervisor import default_parts, devices
@@ -127,3 +128,21 @@ def test_one_worker_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part.name for part in parts] == ["inference", "worker-0", "worker-1", "api"]
     assert [part.environment.get("UNSEEN_DEVICE") for part in parts] == ["cuda:0", "cuda:0", "cuda:1", None]
     assert "1234" in parts[-1].command
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "asked", "each"),
+    [(2, "", 0, 1), (16, "", 0, 8), (16, "0,1", 0, 5), (1, "", 0, 1), (16, "0,1", 12, 12)],
+)
+def test_processes_that_compute_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: str, asked: int, each: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(supervisor_module, "usable_cores", lambda: cores)
+    *computing, api = default_parts(Settings(threads=asked))
+    assert len(computing) == 1 + max(1, len(gpus.split(",")))
+    for name in ("UNSEEN_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        assert [part.environment[name] for part in computing] == [str(each)] * len(computing)
+        assert name not in api.environment
+    if not asked and cores >= len(computing):
+        assert each * len(computing) <= cores
