@@ -64,7 +64,7 @@ def cpu_ms(network: FeatureNetwork, images: Tensor) -> float:
 def apart(found: Tensor, exact: Tensor) -> tuple[float, float]:
     """1 - the least cosine of two rows, and the largest difference as a share of the largest feature."""
     cosines = functional.cosine_similarity(found.double(), exact.double(), dim=1)
-    return float(1 - cosines.min()), float((found - exact).abs().max() / exact.abs().max())
+    return max(0.0, float(1 - cosines.min())), float((found - exact).abs().max() / exact.abs().max())
 
 
 def print_times(name: str, networks: dict[str, FeatureNetwork], side: int, batches: Sequence[int]) -> None:
