@@ -20,7 +20,7 @@ RUN python requirements.py postgres s3 parquet > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
 FROM api-dependencies AS worker-dependencies
-RUN python requirements.py torch openvino text hdf5 postgres s3 parquet > requirements.txt \
+RUN python requirements.py torch openvino onnx text hdf5 postgres s3 parquet > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
 FROM api-dependencies AS api-code

@@ -1,9 +1,9 @@
 """`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
 
-Without names: those that take minutes. `memory`, `jobs` and `events` start services of their own, `training` takes a quarter of
-an hour and `relations` an hour, so these must be named. Photos are the demo's pictures unless others are named: see
-`python bench/serving.py --help`, which also compares with other servers, and `python bench/extraction.py --help`. Plans
-(`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
+Without names: those that take minutes. `memory`, `jobs` and `events` start services of their own, `training` takes a
+quarter of an hour and `relations` an hour, so these must be named. Photos are the demo's pictures unless others are
+named: see `python bench/serving.py --help`, which also compares with other servers, and `python bench/extraction.py
+--help`. Plans (`*.yaml`) are run by `unseen bench`, see docs/benchmarks.md.
 """
 
 from __future__ import annotations

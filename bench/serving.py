@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from models.backbones import create_backbone
-from models.backends import fast_network
+from models.backends.choice import fast_network
 from service.client import Client
 from service.local import LocalService, free_port
 from workers.engine import prepare_image

@@ -38,18 +38,26 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on; others tha
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of everything the service keeps.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: all cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=0, help="CPU threads of a process that computes; 0: its share of the cores.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Workers a device, each with a job at a time.")]
 
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, data_dir: DataDir = None, device: Device = None, threads: Threads = None
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    device: Device = None,
+    threads: Threads = None,
+    workers: Workers = None,
 ) -> None:
     """Starts everything: API, worker, inference process, embedded Valkey and SQLite. Ctrl-C stops it."""
     from service.core.logging import configure_logging
     from service.supervisor import Supervisor
 
-    settings = read_settings(host=host, port=port, data_dir=data_dir, device=device, threads=threads)
+    settings = read_settings(host=host, port=port, data_dir=data_dir, device=device, threads=threads, workers=workers)
     check_listening(settings)
     require_torch()
     configure_logging(settings.log_level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from service.client import Client, UnseenError
 from service.core.embedded import server_binary
 from service.core.errors import ServiceError
 from service.core.logging import redact
-from service.core.process import memory_bytes
+from service.core.process import memory_bytes, usable_cores
 from service.core.settings import Settings
 from service.local import is_port_free
 
@@ -120,7 +119,7 @@ def cuda(settings: Settings) -> Finding:
 
 def processor(_settings: Settings) -> Finding:
     """Cores and memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     memory = memory_bytes()
     if memory is None:
         return Finding("machine", "ok", f"{cores} cores")

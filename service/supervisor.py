@@ -24,7 +24,7 @@ from service.core.embedded import EmbeddedValkey, FolderLock
 from service.core.errors import ServiceError
 from service.core.logging import get_logger
 from service.core.migrations import upgrade
-from service.core.process import COMPUTE_ENVIRONMENT, launch
+from service.core.process import compute_environment, launch, usable_cores
 from service.core.settings import Settings
 
 _STOP_S = 3.0  # for each group of parts, so that all of them end within ten seconds
@@ -55,22 +55,24 @@ def devices(device: str) -> list[str]:
     return [f"cuda:{i}" for i in range(n)] or ["cpu"]
 
 
+def _computes(threads: int, device: str) -> dict[str, str]:
+    return {**compute_environment(threads), "UNSEEN_THREADS": str(threads), "UNSEEN_DEVICE": device}
+
+
 def default_parts(settings: Settings) -> list[Part]:
-    """Inference, one worker a device, and the API."""
+    """Inference, the workers, and the API.
+
+    Workers share the cores; inference has them all, since it is idle between requests. A setting overrides both.
+    """
     python = sys.executable
     api = [python, "-m", "service.cli", "api", "--host", settings.host, "--port", str(settings.port)]
     found = devices(settings.device)
-    inference = Part(
-        "inference", [python, "-m", "workers.inference"], {**COMPUTE_ENVIRONMENT, "UNSEEN_DEVICE": found[0]}, 0
-    )
+    inference = Part("inference", [python, "-m", "workers.inference"], _computes(settings.threads, found[0]), 0)
+    places = [device for device in found for _ in range(settings.workers)]
+    share = settings.threads or max(1, usable_cores() // len(places))
     workers = [
-        Part(
-            f"worker-{i}" if len(found) > 1 else "worker",
-            [python, "-m", "workers"],
-            {**COMPUTE_ENVIRONMENT, "UNSEEN_DEVICE": d},
-            1,
-        )
-        for i, d in enumerate(found)
+        Part(f"worker-{i}" if len(places) > 1 else "worker", [python, "-m", "workers"], _computes(share, device), 1)
+        for i, device in enumerate(places)
     ]
     return [inference, *workers, Part("api", api, {}, 2)]
 

@@ -53,6 +53,7 @@ def test_the_images_hold_the_extras_they_need() -> None:
     assert api == worker - {
         "torch",
         "openvino",
+        "onnx",
         "text",
         "hdf5",
     }  # what brings or serves torch, or is read by workers alone

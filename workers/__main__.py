@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from service.core.logging import configure_logging
 from service.core.migrations import upgrade
-from service.core.process import COMPUTE_ENVIRONMENT, restart_with
+from service.core.process import compute_environment, restart_with
 from service.core.settings import Settings
 
 
 def main() -> None:
     """Starts the worker; returns after SIGTERM or SIGINT."""
     settings = Settings()
-    wanted = dict(COMPUTE_ENVIRONMENT)
-    if settings.threads:
-        wanted |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads))
-    restart_with("workers", wanted)
+    restart_with("workers", compute_environment(settings.threads))
     configure_logging(settings.log_level)
     _work(settings)
 

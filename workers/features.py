@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from models.embedding.extraction import ImageFailure, ImageFeatures, extract_fea
 from models.params import PatchParams
 from service.core import repositories
 from service.core.artifacts import image_key
+from service.core.process import usable_cores
 from service.core.tables import FeatureRows
 from workers.runner import TaskContext
 from workers.sources import fast_backbone
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from models.backbones import FeatureNetwork
 
 SHARD_IMAGES = 256
-WORTH_CONVERTING = 1000
-"""Patches in which a faster network makes up for the seconds that its conversion takes."""
+WORTH_PREPARING = {"cpu": 1000, "cuda": 100_000}
+"""By device: patches in which a faster network makes up for the seconds that its preparation takes."""
 FORMAT = 1  # grows when the same inputs would give other features
 
 
@@ -96,10 +96,10 @@ def _compute(
     shard: list[ImageFeatures] = []
     done, n_rows = total - len(missing), 0
     context.progress(Progress(phase, done, total))
-    n_threads = settings.threads or os.cpu_count() or 1
+    n_threads = settings.threads or usable_cores()
     n_patches = len(missing) * patches.n_patches
-    worth_it = n_patches >= WORTH_CONVERTING or settings.backend == "openvino"
-    network = fast_backbone(backbone, patches.size, settings, streams=n_threads, may_convert=worth_it)
+    worth_it = n_patches >= WORTH_PREPARING[backbone.device.type] or settings.backend != "auto"
+    network = fast_backbone(backbone, patches.size, settings, streams=n_threads, may_prepare=worth_it)
     sources = _sources(context, missing)
     for result in extract_features(sources, network, patches, limits=limits, n_threads=n_threads):
         if isinstance(result, ImageFailure):

@@ -34,7 +34,7 @@ from models.errors import ModelError
 from service.core.disconnect import CLIENT_GONE, CallerGone, unless_gone
 from service.core.errors import Invalid, ServiceError, TooLate, Unavailable, problem_of
 from service.core.logging import configure_logging
-from service.core.process import COMPUTE_ENVIRONMENT, restart_with
+from service.core.process import compute_environment, restart_with
 from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, ImageError
@@ -275,8 +275,8 @@ def create_inference_app(settings: Settings) -> Starlette:
 
 def main() -> None:
     """Listens where the settings say: a unix socket, or http://host:port."""
-    restart_with("workers.inference", COMPUTE_ENVIRONMENT)
     settings = Settings()
+    restart_with("workers.inference", compute_environment(settings.threads))
     configure_logging(settings.log_level)
     url = settings.inference_listen or settings.resolved_inference_url
     options: dict[str, Any] = {"log_level": "warning", "access_log": False, "loop": "uvloop", "http": "httptools"}

@@ -266,21 +266,18 @@ class Library:
 
     def _open_network(self, classifier_id: str, backbone: FeatureNetwork, size: int) -> FeatureNetwork:
         """What computes a backbone's features soonest; where that has to be prepared first, the backbone until then."""
-        network = fast_backbone(backbone, size, self._settings, may_convert=False)
+        network = fast_backbone(backbone, size, self._settings, may_prepare=False)
         wanted = (backbone.digest, size)
         if wanted not in self._prepared and may_become_faster(backbone, size, self._settings):
             self._prepared.add(wanted)
-            if self._settings.backend == "openvino":  # nothing else will do
-                convert_apart(classifier_id, self._settings)
-                return fast_backbone(backbone, size, self._settings, may_convert=False)
+            if self._settings.backend != "auto":  # nothing else will do
+                return self._prepared_network(classifier_id, backbone, size)
             task = (classifier_id, backbone, size)
             threading.Thread(target=self._prepare, args=task, name="prepare", daemon=True).start()
         return network
 
     def _prepare(self, classifier_id: str, backbone: FeatureNetwork, size: int) -> None:
-        if not convert_apart(classifier_id, self._settings):
-            return
-        network = fast_backbone(backbone, size, self._settings, may_convert=False)
+        network = self._prepared_network(classifier_id, backbone, size)
         if network is not backbone:
             key = f"network:{backbone.digest}:{size}"
             self._cache.drop(key)
@@ -289,7 +286,18 @@ class Library:
                 if held.startswith("classifier:"):
                     self._cache.drop(held)
 
-    def convert(self, classifier_id: str) -> None:
+    def _prepared_network(self, classifier_id: str, backbone: FeatureNetwork, size: int) -> FeatureNetwork:
+        """What computes a backbone's features soonest, after seconds of preparation.
+
+        An export lies in the cache directory, so a process of its own makes it. What is compiled belongs to this
+        process; torch.compile sees the calls of its own thread only.
+        """
+        is_exported = self._device == "cpu" and self._settings.backend != "compile"
+        if is_exported and not prepare_apart(classifier_id, self._settings):
+            return fast_backbone(backbone, size, self._settings, may_prepare=False)
+        return fast_backbone(backbone, size, self._settings)
+
+    def prepare(self, classifier_id: str) -> None:
         """Prepare what computes a classifier's features sooner, for all later processes. Takes seconds, and no other
         thread may use a network meanwhile: tracing one catches their calls."""
         with self._database.read() as session:
@@ -337,8 +345,8 @@ class Library:
         return _ClassTable(names, embeddings, is_seen, origin, position)
 
 
-def convert_apart(classifier_id: str, settings: Settings) -> bool:
-    """`Library.convert` in a process of its own, which dies with this one; whether it went well."""
+def prepare_apart(classifier_id: str, settings: Settings) -> bool:
+    """`Library.prepare` in a process of its own, which dies with this one; whether it went well."""
     command = launch([sys.executable, "-m", "workers.prepare", classifier_id])
     environment = {**os.environ, **settings.to_environment()}
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode == 0

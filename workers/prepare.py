@@ -1,6 +1,6 @@
 """`python -m workers.prepare CLASSIFIER_ID`: prepares the faster form of a classifier's network, for later processes.
 
-The inference process runs it beside itself: converting a network traces it, and would catch what other threads compute.
+The inference process runs it beside itself: exporting a network traces it, and would catch what other threads compute.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from workers.runner import open_services
 
 
 def main(classifier_id: str) -> None:
-    """Converts and measures; what it finds lies in the cache directory."""
+    """Exports and measures; what it finds lies in the cache directory."""
     settings = Settings()
     services = open_services(settings)
-    Library(services.database, services.store, settings, device="cpu").convert(classifier_id)
+    Library(services.database, services.store, settings, device="cpu").prepare(classifier_id)
 
 
 if __name__ == "__main__":

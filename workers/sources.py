@@ -116,15 +116,15 @@ def feature_network(backbone: Backbone, method: str, size: int, params: Mapping[
 
 
 def fast_backbone(
-    backbone: FeatureNetwork, size: int, settings: Settings, *, streams: int = 1, may_convert: bool = True
+    backbone: FeatureNetwork, size: int, settings: Settings, *, streams: int = 1, may_prepare: bool = True
 ) -> FeatureNetwork:
     """What computes the same features of images of `size` pixels a side sooner, where there is something.
 
-    streams: batches that run at a time. may_convert: whether it is worth seconds of preparation. Views of a network,
+    streams: batches that run at a time. may_prepare: whether it is worth seconds of preparation. Views of a network,
     such as its maps, stay as they are.
     """
     from models.backbones import Backbone
-    from models.backends import fast_network
+    from models.backends.choice import fast_network
 
     if not isinstance(backbone, Backbone):
         return backbone
@@ -135,17 +135,17 @@ def fast_backbone(
         directory=_networks(settings),
         threads=settings.threads,
         streams=streams,
-        may_convert=may_convert,
+        may_prepare=may_prepare,
     )
 
 
 def may_become_faster(backbone: FeatureNetwork, size: int, settings: Settings) -> bool:
-    """Whether `fast_backbone` would convert the network, which nobody has done before on this machine."""
+    """Whether `fast_backbone` may give more where it may prepare the network, which takes seconds."""
     from models.backbones import Backbone
-    from models.backends import awaits_conversion
+    from models.backends.choice import awaits_preparation
 
-    return isinstance(backbone, Backbone) and awaits_conversion(
-        backbone, size, backend=settings.backend, directory=_networks(settings)
+    return isinstance(backbone, Backbone) and awaits_preparation(
+        backbone, size, backend=settings.backend, directory=_networks(settings), threads=settings.threads
     )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 COMPUTE_ENVIRONMENT = {
     # glibc gives large blocks back to the kernel at once and asks for them again at the next step; a batch of images
@@ -24,7 +27,22 @@ COMPUTE_ENVIRONMENT = {
     # that are waited for, and makes it twice as slow there.
     "GOMP_SPINCOUNT": "20000",
 }
-"""For processes that run networks on the CPU; read when a process starts, never later."""
+"""For processes that compute; read when a process starts, never later."""
+
+
+def usable_cores() -> int:
+    """Processors that this process may use: of the machine's, those it is bound to, and no more than its quota."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = _CPU_QUOTA.read_text().split()
+        found = min(found, math.ceil(int(quota) / int(period)))
+    return max(1, found)
+
+
+def compute_environment(threads: int) -> dict[str, str]:
+    """For processes that compute on the CPU, with so many threads; 0: one a usable core."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {**COMPUTE_ENVIRONMENT, **dict.fromkeys(names, str(threads or usable_cores()))}
 
 
 def die_with_parent(parent_pid: int) -> None:

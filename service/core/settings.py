@@ -41,9 +41,18 @@ class Settings(BaseSettings):
         "", description="Where the inference process listens, if not at inference_url: http://0.0.0.0:8001."
     )
     device: str = Field("auto", description="Device of workers and inference: auto, cpu, cuda or cuda:N.")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of one worker; 0: all cores.")
-    backend: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="What runs networks on a CPU; auto: OpenVINO where it is installed and clearly faster."
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of one worker or inference process; 0: one for each core that it may use. "
+        "`unseen serve` then shares the cores out among its workers.",
+    )
+    workers: int = Field(1, ge=1, le=256, description="Workers of `unseen serve` a device, each with a job at a time.")
+    backend: Literal["auto", "torch", "openvino", "onnxruntime", "compile"] = Field(
+        "auto",
+        description="What runs networks; auto: OpenVINO or ONNX Runtime on a CPU, torch.compile with CUDA graphs on a "
+        "GPU, where it is installed and was measured to be clearly faster than torch, with the same features.",
     )
     worker_memory_bytes: int = Field(
         0, ge=0, description="Memory of a worker; classifiers that need more are refused. 0: that of the machine asked."

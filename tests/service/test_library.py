@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import Any
@@ -17,7 +18,7 @@ from tests.service.tasks import VECTORS, trained_classifier
 from workers import library as library_module
 from workers.engine import Engine
 from workers.inference import Inference
-from workers.library import Library, convert_apart
+from workers.library import Library, prepare_apart
 
 
 class Faster:
@@ -36,18 +37,19 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
 ) -> None:
     classifier, prepared, asked = trained_classifier(own_api)["id"], threading.Event(), []
 
-    def convert(classifier_id: str, _settings: Settings) -> bool:
+    def prepare(classifier_id: str, _settings: Settings) -> bool:
         asked.append(classifier_id)
         return prepared.wait(20)
 
-    def fast(backbone: Any, _size: int, _settings: Settings, *, may_convert: bool = True) -> Any:
-        assert not may_convert  # never in this process
+    def fast(backbone: Any, _size: int, _settings: Settings, *, may_prepare: bool = True) -> Any:
+        assert not may_prepare or prepared.is_set()  # never in this process before another has
         return Faster(backbone) if prepared.is_set() else backbone
 
-    monkeypatch.setattr(library_module, "convert_apart", convert)
+    monkeypatch.setattr(library_module, "prepare_apart", prepare)
     monkeypatch.setattr(library_module, "fast_backbone", fast)
     monkeypatch.setattr(library_module, "may_become_faster", lambda _backbone, _size, _settings: not prepared.is_set())
-    library = Library(own_api.parts.database, own_api.parts.store, own_api.settings, device="cpu")
+    settings = own_api.settings.model_copy(update={"backend": "auto"})
+    library = Library(own_api.parts.database, own_api.parts.store, settings, device="cpu")
     state = library.state(classifier)
     assert library.competing_at_once(state, "all") is None
     first = library.competing(state, "all", None).resident
@@ -67,14 +69,17 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
 
 
 @pytest.mark.slow
-def test_conversion_happens_in_a_process_of_its_own(own_api: LiveApi) -> None:
-    pytest.importorskip("openvino")
+def test_export_happens_in_a_process_of_its_own(own_api: LiveApi) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     classifier = trained_classifier(own_api)["id"]
     settings = own_api.settings.model_copy(update={"backend": "auto", "threads": 1})
-    assert convert_apart(classifier, settings)
+    assert prepare_apart(classifier, settings)
     (kept,) = (settings.cache_dir / "networks").iterdir()
-    assert {"model.xml", "measured.json"} <= {path.name for path in kept.iterdir()}
-    assert not convert_apart("cl_unknown", settings)
+    assert (kept / "onnx" / "model.onnx").is_file()
+    (measured,) = kept.glob("measured-*.json")
+    assert "onnxruntime" in json.loads(measured.read_text())["measured"]
+    assert not prepare_apart("cl_unknown", settings)
 
 
 def test_a_new_class_of_the_set_competes_at_once_and_nothing_is_loaded_again(own_api: LiveApi) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from service import supervisor as supervisor_module
+from service.core import process as process_module
 from service.core.queue import connect
 from service.core.settings import Settings
 from service.supervisor import default_parts, devices
@@ -127,3 +129,34 @@ def test_one_worker_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part.name for part in parts] == ["inference", "worker-0", "worker-1", "api"]
     assert [part.environment.get("UNSEEN_DEVICE") for part in parts] == ["cuda:0", "cuda:0", "cuda:1", None]
     assert "1234" in parts[-1].command
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "workers", "asked", "each"),
+    [
+        (2, "", 1, 0, 2),
+        (2, "", 2, 0, 1),
+        (16, "", 3, 0, 5),
+        (16, "0,1", 2, 0, 4),
+        (1, "", 4, 0, 1),
+        (16, "0,1", 1, 12, 12),
+    ],
+)
+def test_workers_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: str, workers: int, asked: int, each: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(supervisor_module, "usable_cores", lambda: cores)
+    monkeypatch.setattr(process_module, "usable_cores", lambda: cores)
+    inference, *working, api = default_parts(Settings(threads=asked, workers=workers))
+    assert len(working) == workers * max(1, len(gpus.split(",")))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        assert [part.environment[name] for part in working] == [str(each)] * len(working)
+        assert inference.environment[name] == str(asked or cores)
+        assert name not in api.environment
+    assert [part.environment["UNSEEN_THREADS"] for part in (inference, *working)] == [
+        str(asked),
+        *[str(each)] * len(working),
+    ]
+    if gpus:
+        assert [part.environment["UNSEEN_DEVICE"] for part in working] == sorted(["cuda:0", "cuda:1"] * workers)

@@ -13,12 +13,12 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from service.core import tables
+from service.core import process, tables
 from service.core.db import Database, make_engine, utc_now
 from service.core.ids import PREFIXES, new_id
 from service.core.logging import redact
 from service.core.migrations import upgrade
-from service.core.process import host_id, is_dead
+from service.core.process import compute_environment, host_id, is_dead, usable_cores
 from service.core.settings import Settings
 from tests.workers.harness import ROOT, is_alive, wait_until
 
@@ -150,3 +150,29 @@ def test_the_core_imports_neither_torch_nor_fastapi() -> None:
         "assert not {'torch', 'fastapi', 'workers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("quota", "most"), [("max 100000", None), ("150000 100000", 2), ("20000 100000", 1), ("", None)]
+)
+def test_cores_are_those_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, most: int | None
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(process, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(5)), raising=False)
+    assert usable_cores() == (most or 5)
+
+
+def test_every_library_computes_with_the_threads_asked_for() -> None:
+    code = (
+        "import numpy, scipy.linalg, torch, threadpoolctl; "
+        "print(torch.get_num_threads(), *(pool['num_threads'] for pool in threadpoolctl.threadpool_info()))"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(
+        command, env={**inherited, **compute_environment(1)}, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert set(answer.stdout.split()) == {"1"}
+    assert compute_environment(0)["OMP_NUM_THREADS"] == str(usable_cores())

@@ -1,0 +1,59 @@
+"""A network as an ONNX file, exported once: OpenVINO and ONNX Runtime read the same file and the same weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from models.backbones import Backbone
+from models.backends.base import Place, Whole
+
+WEIGHTS = ".data"
+"""What the name of the file with the weights has more."""
+
+
+class FromONNX:
+    """The part that backends which read the file share."""
+
+    def is_prepared(self, backbone: Backbone, place: Place) -> bool:
+        """Whether the file is there."""
+        return onnx_file(backbone, place).is_file()
+
+    def prepare(self, backbone: Backbone, place: Place) -> None:
+        """Writes the file. Tracing the network catches what other threads compute with it meanwhile."""
+        export(backbone, place.size, onnx_file(backbone, place).parent)
+
+
+def onnx_file(backbone: Backbone, place: Place) -> Path:
+    """Where the network lies, or would."""
+    return place.folder(backbone) / "onnx" / "model.onnx"
+
+
+def weights_bytes(file: Path) -> int:
+    """Size of the weights beside an ONNX file."""
+    return file.with_name(file.name + WEIGHTS).stat().st_size
+
+
+def export(backbone: Backbone, size: int, target: Path) -> None:
+    """Writes model.onnx and its weights to the folder `target`, as a whole or not at all. ImportError without onnx."""
+    import onnxscript  # noqa: F401 - torch would only notice its absence after the longest step
+
+    example = torch.zeros((2, 3, size, size), dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    with torch.no_grad():
+        traced = torch.export.export(Whole(backbone).eval(), (example,), dynamic_shapes=({0: batch},))
+        program = torch.onnx.export(traced, (), verbose=False)
+    assert program is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+    try:
+        program.save(aside / "model.onnx", external_data=True)
+        aside.rename(target)
+    except OSError:
+        if not (target / "model.onnx").is_file():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

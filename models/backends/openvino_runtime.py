@@ -1,0 +1,58 @@
+"""OpenVINO on a CPU: fp32, or bfloat16 where a backbone's precision allows it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.backbones import Backbone
+from models.backends.base import Place, PreparedNetwork
+from models.backends.onnx_file import FromONNX, onnx_file, weights_bytes
+
+
+class OpenVINO(FromONNX):
+    """Reads the ONNX file; bfloat16 runs on the processor's own instructions, where it has them."""
+
+    name = "openvino"
+    needs = "pip install 'unseen[openvino]'"
+
+    def version(self) -> str:
+        """Of the library; ImportError where it is not installed."""
+        return metadata.version("openvino")
+
+    def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
+        """Loads the network; a fraction of a second."""
+        file = onnx_file(backbone, place)
+        options = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[backbone.precision],
+            "INFERENCE_NUM_THREADS": place.threads,
+            "NUM_STREAMS": place.streams,
+        }
+        compiled = _import_openvino().Core().compile_model(file, "CPU", options)
+        return PreparedNetwork(self.name, backbone, place.size, _Requests(compiled), weights_bytes(file))
+
+
+class _Requests:
+    """Runs a compiled network; each thread has a request of its own, which serves one at a time."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._of_thread = threading.local()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if not hasattr(self._of_thread, "request"):
+            self._of_thread.request = self._compiled.create_infer_request()
+        return torch.from_numpy(self._of_thread.request.infer([images.contiguous().numpy()])[0])
+
+
+def _import_openvino() -> Any:
+    # It reports its use to its makers over the network, from the moment it is imported, unless this is missing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not to be found
+    import openvino
+
+    return openvino
