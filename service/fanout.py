@@ -258,6 +258,7 @@ class Fanout:
         finally:
             reading.cancel()
             changing.cancel()
+            await asyncio.wait({reading, changing})  # a read that is cut off closes its connection first
 
     async def _wake(self) -> None:
         """Ends the blocking read, or the next one."""
