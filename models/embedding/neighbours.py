@@ -22,8 +22,9 @@ from models.precision import has_fast_bf16
 QUERY_ROWS = 4096
 KEY_ROWS = 8192
 PRODUCT_ROWS = 1024  # queries whose distances to a block of keys exist at a time
-CONVERTED_ROWS = 128  # with their float32 copies they fit the cache
-RERANK_ROWS, RERANK_ROWS_GPU = 4, 256  # on the CPU their candidates fit the cache
+CONVERTED_ROWS = 128  # a thread; with their float32 copies they fit the cache
+RERANK_ROWS = 32  # a thread; fewer would fit the cache, but threads then wait for each other more often
+THREADS_OF_GPU = 8  # so many threads' rows at a time
 ORIGIN_ROWS = 1024
 ALIGNMENT = 8  # columns, for a GPU's matrix units
 GROUP = 16
@@ -100,12 +101,14 @@ class _Search:
         self.n_rows, self.dim = features.shape
         self.width = _up(self.dim + 2, ALIGNMENT)
         self.k, self.device = k, device
+        n_threads = torch.get_num_threads() if device == "cpu" else THREADS_OF_GPU
+        self.converted_rows, self.rerank_rows = n_threads * CONVERTED_ROWS, n_threads * RERANK_ROWS
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         # distances do not change with the origin, and rounding errors are least near a mean: some rows' will do
         some = torch.arange(0, len(features), -(-len(features) // ORIGIN_ROWS), device=device)
         self.origin = self.rows.rows(some).mean(dim=0)
         self.norms = torch.empty(len(features), device=device)
-        for block in blocks(len(features), CONVERTED_ROWS):
+        for block in blocks(len(features), self.converted_rows):
             self.norms[block] = self.exact(block).square_().sum(dim=1)
         if not bool((self.norms < torch.finfo(torch.bfloat16).max / 8).all()):
             feature_statistics(features)  # says which row
@@ -132,7 +135,7 @@ class _Search:
     def queries(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """(Q, W) whose products with `keys` are squared distances less the query's own norm."""
         result = torch.empty((len(numbers), self.width), dtype=dtype, device=self.device)
-        for part in blocks(len(numbers), CONVERTED_ROWS):
+        for part in blocks(len(numbers), self.converted_rows):
             result[part, : self.dim] = self.exact(numbers[part]).mul_(-2)
         result[:, self.dim :] = 1
         return result
@@ -143,7 +146,7 @@ class _Search:
         """
         n_rows = block.stop - block.start
         result = torch.empty((_up(n_rows, GROUP), self.width), dtype=dtype, device=self.device)
-        for part in blocks(n_rows, CONVERTED_ROWS):
+        for part in blocks(n_rows, self.converted_rows):
             result[part, : self.dim] = self.exact(slice(block.start + part.start, block.start + part.stop))
         result[n_rows:, : self.dim] = 0
         norms = result[:, self.dim :].zero_()
@@ -175,7 +178,7 @@ class _Search:
     def distances(self, numbers: Tensor, candidates: Tensor) -> Tensor:
         """(Q, m) exact squared distances."""
         result = torch.empty(candidates.shape, device=self.device)
-        for part in blocks(len(numbers), RERANK_ROWS if self.device == "cpu" else RERANK_ROWS_GPU):
+        for part in blocks(len(numbers), self.rerank_rows):
             rows = self.rows.rows(candidates[part].reshape(-1)).view(*candidates[part].shape, -1)
             rows.sub_(self.rows.rows(numbers[part])[:, None, :])
             torch.linalg.vector_norm(rows, dim=2, out=result[part])
