@@ -12,8 +12,9 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,27 @@ def engine() -> float:
         return N_IMAGES / (time.perf_counter() - began) / alone
 
 
-def epoch() -> float:
-    """Seconds of an epoch of f-VAEGAN over those of its matrix products, on one thread."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other would measure what else the machine does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return float(training.measure("f_vaegan", "cpu", None)[0]["ratio"])
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
+def epoch() -> float:
+    """Seconds of an epoch of f-VAEGAN over those of its matrix products, on one thread."""
+    with one_thread():
+        return float(training.measure("f_vaegan", "cpu", None)[0]["ratio"])
+
+
 def search() -> float:
-    """Seconds of a neighbour search over those of a float32 one."""
-    row = neighbours.measure(6000, 512, "cpu")
+    """Seconds of a neighbour search over those of a plain float32 one, on one thread."""
+    with one_thread():
+        row = neighbours.measure(6000, 512, "cpu")
     if row["recall"] < 1:
         raise SystemExit(f"Neighbours were missed: recall {row['recall']}.")
     return float(row["seconds"] / row["float32"])
@@ -100,7 +109,7 @@ def search() -> float:
 
 CHECKS = (
     Check("SMO: loop of a general QP solver ÷ ours, 150 x 50", lambda: smo.measure(150, 50, 0.0)["ratio"], 135, 40),
-    Check("neighbours ÷ float32 search, 6,000 x 512", search, 0.79, 1.6),
+    Check("neighbours ÷ float32 search, 6,000 x 512", search, 0.56, 1.2),
     Check("f-VAEGAN's epoch ÷ its matrix products", epoch, 1.92, 4.0),
     Check("inference engine ÷ its network alone", engine, 0.52, 0.25),
 )

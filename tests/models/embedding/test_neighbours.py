@@ -40,11 +40,62 @@ def test_recall_is_one_against_brute_force_also_far_from_the_origin(
 ) -> None:
     monkeypatch.setattr(module, "QUERY_ROWS", 128)
     monkeypatch.setattr(module, "KEY_ROWS", 100)
+    monkeypatch.setattr(module, "PRODUCT_ROWS", 50)
+    monkeypatch.setattr(module, "CONVERTED_ROWS", 30)
     features = _clustered(600, 48, offset=offset)
     found = nearest_neighbours(features, 10, use_bf16=use_bf16).index.numpy()
     expected = _brute_force(features, 10)
     shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     assert sum(shared) == expected.size
+
+
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_many_groups_of_columns_with_the_nearest_rows_side_by_side(use_bf16: bool) -> None:
+    """Rows lie in the order of their clusters, 40 of them a block's only near ones; several blocks, none full."""
+    random = np.random.default_rng(3)
+    centres = np.repeat(random.standard_normal((25, 24)), 41, axis=0)
+    features = (centres + 0.2 * random.standard_normal(centres.shape)).astype(np.float32)
+    found = nearest_neighbours(features, 30, use_bf16=use_bf16).index.numpy()
+    expected = _brute_force(features, 30)
+    assert (np.sort(found, axis=1) == np.sort(expected, axis=1)).all()
+    assert (found == expected).mean() > 0.999  # the order of nearly equal distances is float32's
+
+
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_equal_distances_are_ordered_by_row(use_bf16: bool) -> None:
+    features = np.random.default_rng(0).integers(0, 3, (400, 4)).astype(np.float32)
+    found = nearest_neighbours(features, 12, use_bf16=use_bf16).index.numpy()
+    distances = ((features[:, None] - features[found]) ** 2).sum(axis=2)
+    true = np.sort(((features[:, None] - features[None]) ** 2).sum(axis=2), axis=1)[:, 1:13]
+    assert (distances == true).all()
+    later = np.diff(distances, axis=1) == 0
+    assert later.any()
+    assert (np.diff(found, axis=1)[later] > 0).all()
+
+
+def test_threads_share_the_selection_and_change_nothing() -> None:
+    features = _clustered(900, 16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = nearest_neighbours(features, 8).index
+        torch.set_num_threads(3)
+        together = nearest_neighbours(features, 8).index
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_numbers_keep_order_value_and_row(use_bf16: bool) -> None:
+    dtype = torch.bfloat16 if use_bf16 else torch.float32
+    values = torch.tensor([[-3e38, -2.5, -1e-38, 0.0, 1e-38, 0.75, 7.0, torch.finfo(dtype).max, torch.inf]]).to(dtype)
+    rows = torch.tensor([[module.ROW_BITS, 5, 2**28, 7, 0, 1, 2, 3, 0]])
+    numbered = module._numbered(values, rows)
+    assert (numbered.diff() > 0).all()
+    found, numbers = module._values_and_rows(numbered)
+    assert torch.equal(found, values.float())
+    assert torch.equal(numbers, rows)
 
 
 def test_rows_that_bfloat16_cannot_tell_apart_are_searched_again() -> None:
@@ -98,6 +149,17 @@ def test_progress_reaches_the_total_and_may_cancel() -> None:
 
     with pytest.raises(Cancelled):
         nearest_neighbours(_clustered(40, 3), 3, on_progress=cancel)
+
+
+def test_a_bad_row_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ORIGIN_ROWS", 10)  # rows 0, 4, 8, … make the origin
+    for row in (17, 20):
+        features = _clustered(40, 3)
+        features[row, 1] = np.inf
+        with pytest.raises(InvalidInput, match=f"row {row}"):
+            nearest_neighbours(features, 3)
+    with pytest.raises(InvalidInput, match="too large"):
+        nearest_neighbours(_clustered(40, 3) * np.float32(1e25), 3)
 
 
 def test_bad_input_says_what_is_wrong() -> None:
