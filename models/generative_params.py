@@ -123,6 +123,12 @@ class TFVAEGANParams(FVAEGANParams):
     enhanced: bool = Field(
         True, description="Final classifier on features with their decoded embedding and the decoder's hidden units."
     )
+    hidden_weight: float = Field(
+        0.1,
+        ge=0,
+        le=100,
+        description="Weight of the hidden units among these; the paper: 1. They know the classes they learned from too well.",
+    )
 
 
 class SCEGGParams(TFVAEGANParams):

@@ -66,9 +66,10 @@ class FeedbackVAEGAN(nn.Module):
             features = output(last(before + feedback_weight * self.feedback(hidden)))
         return features
 
-    def enhance(self, features: Tensor) -> Tensor:
-        """[x; Dec(x); h(x)], (B, D + E + H)."""
-        return torch.cat([features, *self.semantic(features)], dim=1)
+    def enhance(self, features: Tensor, hidden_weight: float) -> Tensor:
+        """[x; Dec(x); weight h(x)], (B, D + E + H)."""
+        decoded, hidden = self.semantic(features)
+        return torch.cat([features, decoded, hidden_weight * hidden], dim=1)
 
 
 def reconstruction_loss(found: Tensor, embeddings: Tensor, kind: str) -> Tensor:

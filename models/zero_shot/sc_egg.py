@@ -121,7 +121,7 @@ class SCEGG(GenerativeModel):
         return self.network.make(noise, embeddings, self.params.synthesis_feedback_weight)
 
     def _represent(self, features: Tensor) -> Tensor:
-        return self.network.enhance(features) if self.params.enhanced else features
+        return self.network.enhance(features, self.params.hidden_weight) if self.params.enhanced else features
 
     def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002 - its stages came before
         weight = self.params.guidance_weight

@@ -38,7 +38,7 @@ class TFVAEGAN(GenerativeModel):
         return self.network.make(noise, embeddings, self.params.synthesis_feedback_weight)
 
     def _represent(self, features: Tensor) -> Tensor:
-        return self.network.enhance(features) if self.params.enhanced else features
+        return self.network.enhance(features, self.params.hidden_weight) if self.params.enhanced else features
 
     def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002 - one stage
         return train_with_feedback(self.network, self.params, data, self.seed)

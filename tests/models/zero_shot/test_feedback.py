@@ -56,8 +56,8 @@ def test_enhanced_features_are_feature_embedding_and_hidden_units() -> None:
     features = torch.rand(4, 6, generator=seeded(1))
     hidden = lrelu(features @ net.semantic.first.weight.T + net.semantic.first.bias)
     decoded = hidden @ net.semantic.last.weight.T + net.semantic.last.bias
-    wanted = torch.cat([features, decoded / decoded.norm(dim=1, keepdim=True), hidden], dim=1)
-    torch.testing.assert_close(net.enhance(features), wanted)
+    wanted = torch.cat([features, decoded / decoded.norm(dim=1, keepdim=True), 0.3 * hidden], dim=1)
+    torch.testing.assert_close(net.enhance(features, 0.3), wanted)
 
 
 def test_reconstruction_losses_are_plain_sums() -> None:
