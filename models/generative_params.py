@@ -127,7 +127,7 @@ class TFVAEGANParams(FVAEGANParams):
         0.1,
         ge=0,
         le=100,
-        description="Weight of the hidden units among these; the paper: 1. They know the classes they learned from too well.",
+        description="Weight of the hidden units among these, which know the seen classes too well; the paper: 1.",
     )
 
 
