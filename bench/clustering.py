@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
+from bench import exponent
 from bench.memory import memory_of
 from bench.training import Recorder, bound
 from models.embedding.heads import seeded_heads
@@ -109,11 +109,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for i, row in enumerate(rows):
         before = rows[i - 1]
-        grown = math.log(row["epoch"] / before["epoch"]) / math.log(row["patches"] / before["patches"]) if i else None
+        grown = f"{exponent(row['epoch'], row['patches'], before['epoch'], before['patches']):.2f}" if i else ""
         lines.append(
             f"| {row['patches']:,} | {row['file_mib']} | {row['epoch']:.2f} | {row['products']:.2f} | "
             f"{row['epoch'] / row['products']:.2f} | {row['gflop'] / row['epoch']:.0f} | {row['class_means']:.2f} | "
-            f"{row['anonymous_mib']} | {row['neighbours_mib']} | {'' if grown is None else f'{grown:.2f}'} |"
+            f"{row['anonymous_mib']} | {row['neighbours_mib']} | {grown} |"
         )
     return "\n".join(lines)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -26,14 +25,14 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
+from bench import CREATURES, exponent
 from models.backbones import Backbone, create_backbone
 from models.data.images import DEFAULT_LIMITS, decode_image
 from models.embedding.extraction import ImageFeatures, decoded_side, extract_features
 from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
 from service.core.process import COMPUTE_ENVIRONMENT
-
-CREATURES = Path(__file__).resolve().parents[1] / "examples" / "creatures" / "images"
 
 
 def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,8 +99,7 @@ def measure_growth(args: argparse.Namespace) -> list[dict[str, float]]:
         peak, seconds = (float(field) for field in done.stdout.split())
         one = {"images": n_images, "peak_rss_mib": round(peak), "cpu_s": round(seconds, 2)}
         if found:
-            grown = math.log(seconds / found[-1]["cpu_s"]) / math.log(n_images / found[-1]["images"])
-            one["exponent"] = round(grown, 3)
+            one["exponent"] = round(exponent(seconds, n_images, found[-1]["cpu_s"], found[-1]["images"]), 3)
         found.append(one)
     return found
 
@@ -171,7 +169,7 @@ def _ratio(rounds: list[dict[str, dict[str, float]]], raw: str) -> dict[str, flo
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=CREATURES)
+    parser.add_argument("--images", type=Path, default=CREATURES / "images")
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file; untrained otherwise (same speed)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

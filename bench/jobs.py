@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
-from bench.memory import DATA, write_archive
+from bench import CREATURES
+from bench.memory import request_embeddings, write_archive
 from service.client import Client
 from service.local import LocalService
 
@@ -30,7 +31,6 @@ Json = dict[str, Any]
 def measure(args: argparse.Namespace, archives: list[Path], n_workers: int, folder: Path) -> dict[str, float]:
     """Seconds of both first jobs, and of both on cached features."""
     os.environ["UNSEEN_WORKERS"] = str(n_workers)
-    splits = json.loads((args.data / "splits.json").read_text())
     with LocalService(folder) as service, Client(service.url) as client:
         service.wait_until_ready(client)
         knowledge = client.wait(client.add_knowledge("classes", file=args.data / "knowledge" / "attributes.npz"))
@@ -41,18 +41,7 @@ def measure(args: argparse.Namespace, archives: list[Path], n_workers: int, fold
         def both(seed: int) -> float:
             began = time.monotonic()
             jobs = [
-                client.create_embedding_set(
-                    dataset,
-                    knowledge["resource"]["id"],
-                    unseen_classes=splits["unseen_classes"],
-                    params={
-                        "seed": seed,
-                        "backbone": {"name": args.backbone, "weights": "random"},
-                        "patches": {"size": args.size},
-                        "clustering": {"epochs": args.epochs},
-                    },
-                )
-                for dataset in datasets
+                request_embeddings(client, args, dataset, knowledge["resource"]["id"], seed) for dataset in datasets
             ]
             for job in jobs:
                 client.wait(job)
@@ -64,7 +53,7 @@ def measure(args: argparse.Namespace, archives: list[Path], n_workers: int, fold
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=CREATURES)
     parser.add_argument("--images", type=int, default=480, help="of each of the two jobs")
     parser.add_argument("--backbone", default="mobilenet_v2", help="untrained: time does not depend on the weights")
     parser.add_argument("--size", type=int, default=96, help="side of a patch in pixels")

@@ -24,11 +24,12 @@ from typing import Any
 import psutil
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
+from bench import CREATURES
 from service.client import Client
 from service.local import LocalService
 
 Json = dict[str, Any]
-DATA = Path(__file__).resolve().parents[1] / "examples" / "creatures"
 MIB = 2**20
 PAUSE_S = 0.05
 
@@ -95,6 +96,23 @@ def write_archive(path: Path, data: Path, classes: list[str], n_images: int, *, 
                 archive.writestr(f"{name}/{number:06d}.jpg", out.getvalue())
 
 
+def request_embeddings(
+    client: Client, args: argparse.Namespace, dataset_id: str, knowledge_id: str, seed: int = 0
+) -> Json:
+    """The job of a VGSE embedding set with the command line's network, size of patches and epochs."""
+    return client.create_embedding_set(
+        dataset_id,
+        knowledge_id,
+        unseen_classes=json.loads((args.data / "splits.json").read_text())["unseen_classes"],
+        params={
+            "seed": seed,
+            "backbone": {"name": args.backbone, "weights": "random"},
+            "patches": {"size": args.size},
+            "clustering": {"epochs": args.epochs},
+        },
+    )
+
+
 def measure(args: argparse.Namespace, n_images: int, folder: Path) -> Json:
     """Both jobs for `n_images` images."""
     splits = json.loads((args.data / "splits.json").read_text())
@@ -106,16 +124,7 @@ def measure(args: argparse.Namespace, n_images: int, folder: Path) -> Json:
         knowledge = client.wait(client.add_knowledge("classes", file=args.data / "knowledge" / "attributes.npz"))
         dataset = client.create_dataset("images")
         imported = watch.job(client, client.upload_archive(dataset["id"], archive))
-        job = client.create_embedding_set(
-            dataset["id"],
-            knowledge["resource"]["id"],
-            unseen_classes=splits["unseen_classes"],
-            params={
-                "backbone": {"name": args.backbone, "weights": "random"},
-                "patches": {"size": args.size},
-                "clustering": {"epochs": args.epochs},
-            },
-        )
+        job = request_embeddings(client, args, dataset["id"], knowledge["resource"]["id"])
         embedded = watch.job(client, job)
         summary = client.embedding_set(client.job(job["id"])["resource"]["id"])["summary"]
     n_features = (summary["n_patches"] + summary["n_images"]) * summary["backbone"]["feature_dim"]
@@ -149,7 +158,7 @@ def table(results: list[Json]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=CREATURES)
     parser.add_argument("--images", type=int, default=960, help="N; the second run has ten times as many")
     parser.add_argument("--backbone", default="mobilenet_v2", help="untrained: memory does not depend on the weights")
     parser.add_argument("--size", type=int, default=32, help="side of a patch in pixels; small ones are quick")

@@ -15,11 +15,14 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
+from bench import exponent
 from models.embedding.neighbours import KEY_ROWS, PRODUCT_ROWS, nearest_neighbours
 from models.embedding.rows import blocks
 from models.precision import has_fast_bf16
@@ -113,11 +116,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for i, row in enumerate(rows):
         before = rows[i - 1]
-        grown = np.log(row["seconds"] / before["seconds"]) / np.log(row["rows"] / before["rows"]) if i else None
+        grown = f"{exponent(row['seconds'], row['rows'], before['seconds'], before['rows']):.2f}" if i else ""
         lines.append(
             f"| {row['rows']:,} | {'bfloat16' if row['bf16'] else 'float32'} | {row['seconds']:.2f} | "
             f"{row['float32']:.2f} | {row['products']:.2f} | {row['seconds'] / row['products']:.2f} | "
-            f"{row['seconds'] / row['float32']:.2f} | {row['recall']:.4f} | {'' if grown is None else f'{grown:.2f}'} |"
+            f"{row['seconds'] / row['float32']:.2f} | {row['recall']:.4f} | {grown} |"
         )
     return "\n".join(lines)
 

@@ -34,6 +34,8 @@ import httpx
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
+from bench import CREATURES
 from models.backbones import create_backbone
 from models.backends.choice import fast_network
 from service.client import Client
@@ -41,7 +43,6 @@ from service.local import LocalService, free_port
 from workers.engine import prepare_image
 
 Json = dict[str, Any]
-CREATURES = Path(__file__).resolve().parents[1] / "examples" / "creatures"
 SIDE = 224
 CONCURRENCY = (1, 8, 32, 128)
 
@@ -211,6 +212,11 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
                         found = load(port, requests, concurrency, n_requests)
                     measured["servers"].setdefault(name, {})[str(concurrency)] = found
             rounds.append(measured)
+    return medians(rounds)
+
+
+def medians(rounds: list[Json]) -> Json:
+    """One result of all rounds."""
     return {
         "network": {"images_per_s": median(r["network"][0] for r in rounds)},
         "loop": {"images_per_s": median(r["loop"][0] for r in rounds)},

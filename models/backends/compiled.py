@@ -82,6 +82,6 @@ class _Buckets:
         padded[:n] = images
         is_bf16 = backbone.precision == "bf16"
         with torch.inference_mode(), torch.autocast(backbone.device.type, torch.bfloat16, enabled=is_bf16):
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch gives it no types
             # A copy: the next run of the graph overwrites what this one returned.
             return self._network(padded)[:n].to(torch.float32, copy=True)

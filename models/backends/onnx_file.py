@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -16,7 +17,13 @@ WEIGHTS = ".data"
 
 
 class FromONNX:
-    """The part that backends which read the file share."""
+    """The part that backends which read the file share. `name` is also that of their package."""
+
+    name: str
+
+    def version(self) -> str:
+        """Of the library; ImportError where it is not installed."""
+        return metadata.version(self.name)
 
     def is_prepared(self, backbone: Backbone, place: Place) -> bool:
         """Whether the file is there."""

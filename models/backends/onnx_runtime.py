@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,6 @@ class ONNXRuntime(FromONNX):
 
     name = "onnxruntime"
     needs = "pip install 'unseen[onnx]'"
-
-    def version(self) -> str:
-        """Of the library; ImportError where it is not installed."""
-        return metadata.version("onnxruntime")
 
     def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
         """Loads the network; a fraction of a second."""

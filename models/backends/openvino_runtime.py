@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,10 +19,6 @@ class OpenVINO(FromONNX):
 
     name = "openvino"
     needs = "pip install 'unseen[openvino]'"
-
-    def version(self) -> str:
-        """Of the library; ImportError where it is not installed."""
-        return metadata.version("openvino")
 
     def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
         """Loads the network; a fraction of a second."""

@@ -74,15 +74,6 @@ def publish_status(redis: Redis, database: Database, job_id: str) -> None:
         publish(redis, job_id, "status", view)
 
 
-def read(redis: Redis, job_id: str, last_id: str = "0-0", block_ms: int = 0, count: int = 100) -> list[Event]:
-    """Events after `last_id` ('0-0': from the start, '$': only new ones), waiting up to `block_ms` for the first.
-
-    `block_ms` must stay below the client's socket timeout (10 s for `queue.connect`). Raises RedisError.
-    """
-    answer = redis.xread({key(job_id): last_id}, count=count, block=block_ms or None)
-    return parse(answer).get(key(job_id), [])
-
-
 def newest_id(answer: Any) -> str:
     """The id out of an XREVRANGE answer of one entry, '0-0' if there is none."""
     return str(answer[0][0].decode()) if answer else "0-0"

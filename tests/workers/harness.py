@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.core import jobs, tables
+from redis import Redis
+
+from service.core import events, jobs, tables
 from service.core.db import Database
 from service.core.process import host_id
 from service.core.queue import JobQueue
@@ -20,6 +22,11 @@ from service.core.settings import Settings
 from tests.workers.zygote import ROOT, Forked, Zygote
 
 __all__ = ["ROOT", "WorkerProcess", "World", "is_alive", "reconciling", "wait_until"]
+
+
+def events_of(redis: Redis, job_id: str, last_id: str = "0-0") -> list[events.Event]:
+    """All events of a job after `last_id`."""
+    return events.parse(redis.xread({events.key(job_id): last_id})).get(events.key(job_id), [])
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:

@@ -12,8 +12,8 @@ from rq import Queue
 from rq.job import Callback, Job
 from rq.serializers import JSONSerializer
 
-from service.core import events, jobs
-from tests.workers.harness import WorkerProcess, World, is_alive, reconciling, wait_until
+from service.core import jobs
+from tests.workers.harness import WorkerProcess, World, events_of, is_alive, reconciling, wait_until
 from workers.worker import REFUSED_KEY, refusal
 
 StartWorker = Callable[[], WorkerProcess]
@@ -66,7 +66,7 @@ def test_jobs_end_as_they_should(world: World, start_worker: StartWorker) -> Non
 
     wait_until(lambda: not list(world.settings.scratch_dir.iterdir()))
     wait_until(lambda: world.queue.in_hand() == [])
-    stream = events.read(world.queue.redis, good, "0-0")
+    stream = events_of(world.queue.redis, good, "0-0")
     statuses = [event.data["status"] for event in stream if event.event == "status"]
     assert statuses == ["running", "succeeded"]
 

@@ -9,9 +9,10 @@ from redis import Redis
 
 from models.base import Progress
 from models.errors import Cancelled
-from service.core import events, jobs
+from service.core import jobs
 from service.core.db import Database
 from service.core.jobs import StaleAttempt
+from tests.workers.harness import events_of
 from workers.progress import JobProgress, Timeline
 
 
@@ -99,7 +100,7 @@ def test_reports_reach_database_and_stream_at_a_bounded_rate(database: Database,
         view = jobs.get_job(session, running).progress
     assert view["phases"] == ["a"]
     assert view["completed"] in range(85, 100)
-    sent = [event.data for event in events.read(redis, running)]
+    sent = [event.data for event in events_of(redis, running)]
     assert 3 <= len(sent) <= 4
     assert sent[0]["metrics"] == {}  # JSON has no NaN
     assert sent[-1]["metrics"] == {"loss": 0.5}
@@ -111,7 +112,7 @@ def test_notes_are_never_left_out_and_stay(database: Database, redis: Redis, run
     progress = JobProgress(database, redis, running, 1, [("a", 1.0)], clock=clock)
     for note in ("", "smaller batches", "smaller batches", "smaller still"):  # all at one moment
         progress(Progress("a", 0, note=note))
-    sent = [event.data["notes"] for event in events.read(redis, running)]
+    sent = [event.data["notes"] for event in events_of(redis, running)]
     assert sent == [[], ["smaller batches"], ["smaller batches", "smaller still"]]
     clock.now = 1.0
     progress(Progress("a", 1))

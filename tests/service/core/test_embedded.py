@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,56 +13,47 @@ from service.core.queue import connect
 from tests.workers.harness import is_alive, wait_until
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedValkey]:
-    """A started server."""
-    server = EmbeddedValkey(tmp_path / "valkey", tmp_path / "s")
-    server.start()
-    yield server
-    server.stop()
-
-
-def test_data_survives_a_kill(server: EmbeddedValkey) -> None:
-    with connect(server.url) as client:
+def test_data_survives_a_kill(own_valkey: EmbeddedValkey) -> None:
+    with connect(own_valkey.url) as client:
         client.config_set("appendfsync", "always")
         client.set("a", "1")
         assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
         assert client.config_get("port")["port"] == "0"
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    wait_until(lambda: not server.is_running())
-    server.restart()
-    with connect(server.url) as client:
+    assert own_valkey.pid is not None
+    os.kill(own_valkey.pid, signal.SIGKILL)
+    wait_until(lambda: not own_valkey.is_running())
+    own_valkey.restart()
+    with connect(own_valkey.url) as client:
         assert client.get("a") == b"1"
 
 
-def test_damaged_data_is_set_aside(server: EmbeddedValkey) -> None:
-    with connect(server.url) as client:
+def test_damaged_data_is_set_aside(own_valkey: EmbeddedValkey) -> None:
+    with connect(own_valkey.url) as client:
         client.set("a", "1")
-    server.stop()
-    (file,) = (server.folder / "appendonlydir").glob("*.incr.aof")
+    own_valkey.stop()
+    (file,) = (own_valkey.folder / "appendonlydir").glob("*.incr.aof")
     file.write_bytes(b"*nonsense" * 100)
-    server.start()
-    with connect(server.url) as client:
+    own_valkey.start()
+    with connect(own_valkey.url) as client:
         assert client.get("a") is None
         assert client.set("b", "2")
-    assert list(server.folder.glob("appendonlydir.damaged-*"))
+    assert list(own_valkey.folder.glob("appendonlydir.damaged-*"))
 
 
-def test_a_second_server_on_the_folder_is_refused(server: EmbeddedValkey) -> None:
-    second = EmbeddedValkey(server.folder, server.socket)
+def test_a_second_server_on_the_folder_is_refused(own_valkey: EmbeddedValkey) -> None:
+    second = EmbeddedValkey(own_valkey.folder, own_valkey.socket)
     with pytest.raises(Conflict, match="already uses"):
         second.start()
-    with connect(server.url) as client:
+    with connect(own_valkey.url) as client:
         assert client.ping()
 
 
-def test_stop_leaves_nothing_and_start_works_again(server: EmbeddedValkey) -> None:
-    pid = server.pid
+def test_stop_leaves_nothing_and_start_works_again(own_valkey: EmbeddedValkey) -> None:
+    pid = own_valkey.pid
     assert pid is not None
-    server.stop()
-    server.stop()
+    own_valkey.stop()
+    own_valkey.stop()
     assert not is_alive(pid)
-    assert server.pid is None
-    server.start()
-    assert server.is_running()
+    assert own_valkey.pid is None
+    own_valkey.start()
+    assert own_valkey.is_running()

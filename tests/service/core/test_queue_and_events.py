@@ -8,6 +8,7 @@ from redis import Redis
 from service.core import events, jobs
 from service.core.db import Database
 from service.core.queue import JobQueue, connect
+from tests.workers.harness import events_of
 
 JOB = "job_" + "0" * 26
 OTHER = "job_" + "1" * 26
@@ -36,11 +37,11 @@ def test_without_redis_nothing_is_raised_where_the_reconciler_repairs() -> None:
 
 def test_events_come_back_in_order_and_resume(redis: Redis) -> None:
     ids = [events.publish(redis, JOB, "progress", {"completed": i}) for i in range(5)]
-    got = events.read(redis, JOB)
+    got = events_of(redis, JOB)
     assert [event.id for event in got] == ids
     assert [event.data["completed"] for event in got] == [0, 1, 2, 3, 4]
-    assert [event.data["completed"] for event in events.read(redis, JOB, got[2].id)] == [3, 4]
-    assert events.read(redis, JOB, got[-1].id, block_ms=50) == []
+    assert [event.data["completed"] for event in events_of(redis, JOB, got[2].id)] == [3, 4]
+    assert events_of(redis, JOB, got[-1].id) == []
     assert events.newest_id(redis.xrevrange(events.key(JOB), count=1)) == ids[-1]
     assert events.newest_id(redis.xrevrange(events.key(OTHER), count=1)) == "0-0"
     assert 0 < redis.ttl(events.key(JOB)) <= events.EXPIRY_S
@@ -58,7 +59,7 @@ def test_a_status_event_shows_the_job(redis: Redis, database: Database) -> None:
         job_id = jobs.create_job(session, "embed", "es_none", {}).id
     events.publish_status(redis, database, job_id)
     events.publish_status(redis, database, "job_unknown")
-    (event,) = events.read(redis, job_id)
+    (event,) = events_of(redis, job_id)
     assert (event.event, event.data["id"], event.data["queue_position"]) == ("status", job_id, 0)
 
 
@@ -67,7 +68,7 @@ def test_entries_of_others_do_not_stop_the_reading(redis: Redis) -> None:
     redis.xadd(events.key(JOB), {"kind": "progress"})
     redis.xadd(events.key(JOB), {"event": "progress", "data": "{"})
     last = events.publish(redis, JOB, "progress", {"completed": 1})
-    found = events.read(redis, JOB)
+    found = events_of(redis, JOB)
     assert [event.event for event in found] == ["progress", "unknown", "unknown", "progress"]
     assert (found[0].id, found[-1].id) == (first, last)
 
