@@ -27,6 +27,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find the packages
 from models.backbones import Backbone, FeatureNetwork, create_backbone
+from models.backends.base import Place
 from models.backends.choice import BackendName, fast_network
 from workers.engine import prepare_image
 
@@ -43,7 +44,7 @@ def open_all(name: str, weights: Path | None, folder: Path) -> dict[str, Feature
     rounded = create_backbone(name, weights=weights, precision="bf16")
 
     def fast(network: Backbone, backend: BackendName) -> FeatureNetwork:
-        return fast_network(network, network.input_size, backend=backend, directory=folder, threads=1)
+        return fast_network(network, Place(network.input_size, folder, threads=1), backend=backend)
 
     return {
         EXACT: exact,

@@ -37,6 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it would not find its neighbours
 from bench import CREATURES
 from models.backbones import create_backbone
+from models.backends.base import Place
 from models.backends.choice import fast_network
 from service.client import Client
 from service.local import LocalService, free_port
@@ -169,7 +170,7 @@ def measure(args: argparse.Namespace, photos: list[bytes], folder: Path) -> Json
     """All rounds."""
     own = create_backbone(args.network, weights=args.weights)
     torch.set_num_threads(args.threads)
-    network = fast_network(own, SIDE, directory=folder / "networks", threads=args.threads)
+    network = fast_network(own, Place(SIDE, folder / "networks", args.threads))
     batch = torch.stack([prepare_image(photo, SIDE) for photo in photos[:32]])
 
     def alone() -> int:

@@ -27,6 +27,7 @@ from workers.runtime import choose_device
 
 if TYPE_CHECKING:
     from models.backbones import Backbone, FeatureNetwork
+    from models.backends.base import Place
 
 
 def unpack(store: ArtifactStore, artifacts: Mapping[str, str], names: tuple[str, ...], directory: Path) -> Path:
@@ -128,15 +129,7 @@ def fast_backbone(
 
     if not isinstance(backbone, Backbone):
         return backbone
-    return fast_network(
-        backbone,
-        size,
-        backend=settings.backend,
-        directory=_networks(settings),
-        threads=settings.threads,
-        streams=streams,
-        may_prepare=may_prepare,
-    )
+    return fast_network(backbone, _place(size, settings, streams), backend=settings.backend, may_prepare=may_prepare)
 
 
 def may_become_faster(backbone: FeatureNetwork, size: int, settings: Settings) -> bool:
@@ -145,12 +138,17 @@ def may_become_faster(backbone: FeatureNetwork, size: int, settings: Settings) -
     from models.backends.choice import awaits_preparation
 
     return isinstance(backbone, Backbone) and awaits_preparation(
-        backbone, size, backend=settings.backend, directory=_networks(settings), threads=settings.threads
+        backbone, _place(size, settings), backend=settings.backend
     )
 
 
-def _networks(settings: Settings) -> Path:
-    return settings.cache_dir / "networks"
+def _place(size: int, settings: Settings, streams: int = 1) -> Place:
+    from models.backends.base import Place
+
+    directory = settings.cache_dir / "networks"
+    if settings.threads:
+        return Place(size, directory, settings.threads, streams)
+    return Place(size, directory, streams=streams)
 
 
 def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:

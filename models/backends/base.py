@@ -18,13 +18,13 @@ from models.errors import ShapeMismatch
 class Place:
     """Where and how a network is to run.
 
-    size: side of the images in pixels. directory: of what backends keep for later processes. threads: of the CPU.
-    streams: batches that run at a time, sharing the threads.
+    size: side of the images in pixels. directory: of what backends keep for later processes. threads: of the CPU, by
+    default as many as torch uses. streams: batches that run at a time, sharing the threads.
     """
 
     size: int
     directory: Path
-    threads: int
+    threads: int = field(default_factory=torch.get_num_threads)
     streams: int = 1
 
     @property

@@ -48,25 +48,15 @@ Measured = dict[str, dict[str, float]]
 
 
 def fast_network(
-    backbone: Backbone,
-    size: int,
-    *,
-    backend: BackendName = "auto",
-    directory: Path,
-    threads: int = 0,
-    streams: int = 1,
-    may_prepare: bool = True,
+    backbone: Backbone, place: Place, *, backend: BackendName = "auto", may_prepare: bool = True
 ) -> FeatureNetwork:
-    """What computes the features of `backbone` for images of `size` pixels a side.
+    """What computes the features of `backbone` soonest at this place.
 
-    directory: where prepared networks and measurements are kept. threads: of the CPU; 0: as many as torch uses.
-    streams: batches that run at a time, sharing the threads. may_prepare: whether a network that was not prepared or
-    measured before may be, which takes seconds, and which no other thread that uses a network may see on a CPU; if
-    not, it is torch's.
+    may_prepare: whether a network that was not prepared or measured before may be, which takes seconds, and which no
+    other thread that uses a network may see on a CPU; if not, it is torch's.
     Raises InvalidInput where a backend is asked for by name and cannot be had; `auto` then takes the next best, with a
     warning if the backend is installed. On a device that a backend is not made for, torch computes.
     """
-    place = Place(size, directory, threads or torch.get_num_threads(), streams)
     if backend == "auto":
         return _fastest(backbone, place, may_prepare=may_prepare)
     if backend == "torch" or backbone.device.type not in RUNS_ON[backend]:
@@ -81,17 +71,8 @@ def fast_network(
         ) from error
 
 
-def awaits_preparation(
-    backbone: Backbone,
-    size: int,
-    *,
-    backend: BackendName = "auto",
-    directory: Path,
-    threads: int = 0,
-    streams: int = 1,
-) -> bool:
+def awaits_preparation(backbone: Backbone, place: Place, *, backend: BackendName = "auto") -> bool:
     """Whether `fast_network` might give something faster if it may prepare and measure the network first."""
-    place = Place(size, directory, threads or torch.get_num_threads(), streams)
     if backend == "auto":
         machine = _machine(backbone, place)
         if not machine["installed"]:

@@ -53,14 +53,14 @@ def measured_file(backbone: Backbone, kept: Path) -> Iterator[Path]:
     """What `auto` measured of the network at two threads and streams; tests write other findings into it."""
     for path in kept.glob("*/measured-*.json"):
         path.unlink()
-    fast_network(backbone, SIZE, directory=kept, threads=2, streams=2)
+    fast_network(backbone, Place(SIZE, kept, 2, 2))
     (path,) = kept.glob(f"{backbone.digest[:32]}-{SIZE}-*/measured-*.json")
     yield path
     path.unlink()
 
 
 def prepared(network: Backbone, backend: BackendName, directory: Path, size: int = SIZE) -> PreparedNetwork:
-    found = fast_network(network, size, backend=backend, directory=directory, threads=2, streams=2)
+    found = fast_network(network, Place(size, directory, 2, 2), backend=backend)
     assert isinstance(found, PreparedNetwork)
     assert found.backend == backend
     return found
@@ -129,7 +129,7 @@ def test_auto_takes_the_fastest_where_the_gain_is_clear(
     backbone: Backbone, kept: Path, measured_file: Path, gains: dict[str, float], taken: str
 ) -> None:
     find(measured_file, **gains)
-    found = fast_network(backbone, SIZE, directory=kept, threads=2, streams=2)
+    found = fast_network(backbone, Place(SIZE, kept, 2, 2))
     assert (found.backend if isinstance(found, PreparedNetwork) else "torch") == taken
 
 
@@ -138,7 +138,7 @@ def test_auto_takes_nothing_whose_features_are_others(backbone: Backbone, kept: 
     text = json.loads(measured_file.read_text())
     text["measured"]["openvino"]["cosine"] = 0.999
     measured_file.write_text(json.dumps(text))
-    found = fast_network(backbone, SIZE, directory=kept, threads=2, streams=2)
+    found = fast_network(backbone, Place(SIZE, kept, 2, 2))
     assert isinstance(found, PreparedNetwork)
     assert found.backend == "onnxruntime"
 
@@ -150,11 +150,11 @@ def test_what_was_measured_is_near_to_fp32_and_belongs_to_the_machine(
     assert set(found) == set(RUNTIMES)
     assert all(each["gain"] > 0 and each["cosine"] > 1 - 1e-5 for each in found.values())
     find(measured_file, openvino=0.0, onnxruntime=0.0)
-    again = {"directory": kept, "threads": 2, "streams": 2}
-    assert not awaits_preparation(backbone, SIZE, **again)  # type: ignore[arg-type]
+    again = Place(SIZE, kept, 2, 2)
+    assert not awaits_preparation(backbone, again)
     monkeypatch.setattr(choice.BACKENDS["openvino"], "version", lambda: "another")
-    assert awaits_preparation(backbone, SIZE, **again)  # type: ignore[arg-type]
-    fast_network(backbone, SIZE, **again)  # type: ignore[arg-type]
+    assert awaits_preparation(backbone, again)
+    fast_network(backbone, again)
     (new,) = set(measured_file.parent.glob("measured-*.json")) - {measured_file}
     assert json.loads(new.read_text())["machine"]["installed"]["openvino"] == "another"
     assert json.loads(new.read_text())["measured"]["openvino"]["gain"] > 0
@@ -163,7 +163,7 @@ def test_what_was_measured_is_near_to_fp32_and_belongs_to_the_machine(
 
 def test_drift_is_measured_against_fp32_whatever_the_precision(tmp_path: Path) -> None:
     network = create_backbone("small_cnn", weights=None, precision="bf16")
-    fast_network(network, SIZE, directory=tmp_path, threads=1)
+    fast_network(network, Place(SIZE, tmp_path, threads=1))
     (path,) = tmp_path.glob("*/measured-*.json")
     found = json.loads(path.read_text())["measured"]
     assert found["onnxruntime"]["cosine"] > 1 - 1e-5  # it does not round
@@ -179,10 +179,10 @@ def test_without_a_runtime_auto_is_torch_and_the_wish_for_one_is_refused(
     for name in RUNTIMES:
         monkeypatch.setattr(choice.BACKENDS[name], "version", missing)
         with pytest.raises(InvalidInput, match="pip install"):
-            fast_network(backbone, SIZE, backend=name, directory=tmp_path)
-    assert fast_network(backbone, SIZE, directory=tmp_path) is backbone
-    assert not awaits_preparation(backbone, SIZE, directory=tmp_path)
-    assert fast_network(backbone, SIZE, backend="torch", directory=tmp_path) is backbone
+            fast_network(backbone, Place(SIZE, tmp_path), backend=name)
+    assert fast_network(backbone, Place(SIZE, tmp_path)) is backbone
+    assert not awaits_preparation(backbone, Place(SIZE, tmp_path))
+    assert fast_network(backbone, Place(SIZE, tmp_path), backend="torch") is backbone
 
 
 def test_a_runtime_that_fails_leaves_the_other_and_a_damaged_file_leaves_torch(
@@ -195,29 +195,29 @@ def test_a_runtime_that_fails_leaves_the_other_and_a_damaged_file_leaves_torch(
     with monkeypatch.context() as patch:
         patch.setattr(choice.BACKENDS["openvino"], "open", fails)
         with pytest.warns(UserWarning, match="no such instruction"):
-            found = fast_network(backbone, SIZE, directory=kept, threads=2, streams=2)
+            found = fast_network(backbone, Place(SIZE, kept, 2, 2))
     assert isinstance(found, PreparedNetwork)
     assert found.backend == "onnxruntime"
     own = tmp_path / measured_file.parent.name
     shutil.copytree(measured_file.parent, own)
     (own / "onnx" / "model.onnx").write_text("<net")
     with pytest.warns(UserWarning, match="cannot run"):
-        assert fast_network(backbone, SIZE, directory=tmp_path, threads=2, streams=2) is backbone
+        assert fast_network(backbone, Place(SIZE, tmp_path, 2, 2)) is backbone
 
 
 def test_a_network_awaits_preparation_until_it_is_exported_and_measured(backbone: Backbone, tmp_path: Path) -> None:
-    assert awaits_preparation(backbone, SIZE, directory=tmp_path)
-    assert awaits_preparation(backbone, SIZE, backend="openvino", directory=tmp_path)
-    assert not awaits_preparation(backbone, SIZE, backend="torch", directory=tmp_path)
-    assert fast_network(backbone, SIZE, directory=tmp_path, may_prepare=False) is backbone
+    assert awaits_preparation(backbone, Place(SIZE, tmp_path))
+    assert awaits_preparation(backbone, Place(SIZE, tmp_path), backend="openvino")
+    assert not awaits_preparation(backbone, Place(SIZE, tmp_path), backend="torch")
+    assert fast_network(backbone, Place(SIZE, tmp_path), may_prepare=False) is backbone
     assert not list(tmp_path.iterdir())
-    fast_network(backbone, SIZE, backend="openvino", directory=tmp_path)
-    assert not awaits_preparation(backbone, SIZE, backend="onnxruntime", directory=tmp_path)  # the same file
-    assert awaits_preparation(backbone, SIZE, directory=tmp_path)  # which is faster is not known
-    fast_network(backbone, SIZE, directory=tmp_path)
-    assert not awaits_preparation(backbone, SIZE, directory=tmp_path)
-    assert awaits_preparation(backbone, SIZE, directory=tmp_path, threads=7)
-    assert awaits_preparation(backbone, SIZE * 2, directory=tmp_path)
+    fast_network(backbone, Place(SIZE, tmp_path), backend="openvino")
+    assert not awaits_preparation(backbone, Place(SIZE, tmp_path), backend="onnxruntime")  # the same file
+    assert awaits_preparation(backbone, Place(SIZE, tmp_path))  # which is faster is not known
+    fast_network(backbone, Place(SIZE, tmp_path))
+    assert not awaits_preparation(backbone, Place(SIZE, tmp_path))
+    assert awaits_preparation(backbone, Place(SIZE, tmp_path, threads=7))
+    assert awaits_preparation(backbone, Place(SIZE * 2, tmp_path))
 
 
 def test_another_torch_exports_anew(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,9 +245,9 @@ def test_a_map_of_a_network_is_no_backbone_to_prepare(backbone: Backbone) -> Non
 def test_nothing_is_reported_to_its_makers(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from models.backbones import create_backbone; "
-        "from models.backends.choice import fast_network; "
+        "from models.backends.base import Place; from models.backends.choice import fast_network; "
         "network = create_backbone('small_cnn', weights=None); "
-        f"fast_network(network, 32, backend='openvino', directory=Path({str(tmp_path)!r})); "
+        f"fast_network(network, Place(32, Path({str(tmp_path)!r})), backend='openvino'); "
         "assert 'openvino' in sys.modules; print(sys.modules['openvino_telemetry'])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -310,23 +310,23 @@ def test_auto_measures_the_compiler_where_it_is_considered(
     backbone: Backbone, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(choice.MEASURED_ON, "cpu", ("compile",))
-    assert fast_network(backbone, SIZE, directory=tmp_path, may_prepare=False) is backbone
+    assert fast_network(backbone, Place(SIZE, tmp_path), may_prepare=False) is backbone
     assert not compiler.runs
-    fast_network(backbone, SIZE, directory=tmp_path)
+    fast_network(backbone, Place(SIZE, tmp_path))
     (path,) = tmp_path.glob("*/measured-*.json")
     assert json.loads(path.read_text())["measured"]["compile"]["cosine"] > 1 - 1e-5
     find(path, compile=2.0)
-    assert awaits_preparation(backbone, SIZE, directory=tmp_path)  # in each process anew
-    assert fast_network(backbone, SIZE, directory=tmp_path, may_prepare=False) is backbone
-    assert isinstance(fast_network(backbone, SIZE, directory=tmp_path), PreparedNetwork)
+    assert awaits_preparation(backbone, Place(SIZE, tmp_path))  # in each process anew
+    assert fast_network(backbone, Place(SIZE, tmp_path), may_prepare=False) is backbone
+    assert isinstance(fast_network(backbone, Place(SIZE, tmp_path)), PreparedNetwork)
     find(path, compile=1.0)
-    assert not awaits_preparation(backbone, SIZE, directory=tmp_path)
+    assert not awaits_preparation(backbone, Place(SIZE, tmp_path))
     compiler.fails = True
     find(path, compile=2.0)
     with pytest.warns(UserWarning, match="out of graphs"):
-        assert fast_network(backbone, SIZE, directory=tmp_path) is backbone
+        assert fast_network(backbone, Place(SIZE, tmp_path)) is backbone
     with pytest.raises(InvalidInput, match="out of graphs"):
-        fast_network(backbone, SIZE, backend="compile", directory=tmp_path)
+        fast_network(backbone, Place(SIZE, tmp_path), backend="compile")
 
 
 @pytest.mark.slow
