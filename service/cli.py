@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from models.errors import ModelError
 from service import cli_embed
-from service.cli_output import error_console, print_error
+from service.cli_output import error_console, print_error, print_warning
 from service.client import UnseenError
 from service.core.errors import ServiceError
-from service.core.settings import Settings
+from service.core.settings import Settings, unknown_variables
 from service.local import is_port_free
 
 app = typer.Typer(
@@ -187,7 +187,10 @@ def version() -> None:
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings of the environment, with the options that were given in their place."""
+    """The settings of the environment, with the options that were given in their place; warns of what sets nothing."""
+    for name, meant in unknown_variables(os.environ):
+        advice = f"did you mean {meant}?" if meant else "docs/configuration.md lists those that do."
+        print_warning(f"{name} sets nothing; {advice}")
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -25,6 +25,11 @@ def print_error(message: str) -> None:
     error_console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
 
 
+def print_warning(message: str) -> None:
+    """The same for what is no error."""
+    error_console.print(f"[bold yellow]Warning:[/] {escape(message)}", soft_wrap=True)
+
+
 def follow(client: Client, job: Json, title: str) -> Json:
     """Waits for a job with a bar for each phase; Ctrl-C cancels it. JobFailed as `Client.wait`."""
     with JobBars(title) as bars:

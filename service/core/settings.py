@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MAX_SOCKET_PATH = 100  # Linux allows 108 bytes with the final zero; some systems 104
+_NO_SETTINGS = {"UNSEEN_URL", "UNSEEN_API_KEY", "UNSEEN_KEY", "UNSEEN_WEIGHTS"}
+"""Variables of clients, of the pages' examples and of docker-compose.yml."""
 
 
 class Settings(BaseSettings):
@@ -147,3 +151,11 @@ class Settings(BaseSettings):
         """The settings that differ from their defaults as `UNSEEN_…` variables, for child processes."""
         changed = self.model_dump(mode="json", exclude_defaults=True)
         return {f"UNSEEN_{name.upper()}": str(value) for name, value in changed.items() if value is not None}
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Each `UNSEEN_…` variable that sets nothing, with the setting that may be meant: most are misspelt."""
+    known = [f"UNSEEN_{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(environment):
+        if name.startswith("UNSEEN_") and not name.startswith("UNSEEN_TEST_") and name not in {*known, *_NO_SETTINGS}:
+            yield name, next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)

@@ -152,6 +152,20 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert read_settings(port=8000).port == 8000
 
 
+def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = io.StringIO()
+    monkeypatch.setattr(cli_output, "error_console", Console(file=errors, width=160))
+    for name in ("UNSEEN_PORT", "UNSEEN_URL", "UNSEEN_TEST_POSTGRES_URL"):
+        monkeypatch.setenv(name, "9000")
+    read_settings()
+    assert not errors.getvalue()
+    monkeypatch.setenv("UNSEEN_THREAD", "2")
+    monkeypatch.setenv("UNSEEN_COLOUR", "red")
+    read_settings()
+    assert "UNSEEN_THREAD sets nothing; did you mean UNSEEN_THREADS?" in errors.getvalue()
+    assert "UNSEEN_COLOUR sets nothing; docs/configuration.md" in errors.getvalue()
+
+
 def test_a_private_service_takes_nothing_of_anothers() -> None:
     environment = {
         "UNSEEN_REDIS_URL": "redis://prod",
