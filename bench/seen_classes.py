@@ -4,8 +4,9 @@
         --methods psr psr:variant=B1 psr:variant=B2 psr:variant=B3
 
 A draw leaves some seen classes out and learns from some of the others, a fifth of which choose epochs; T1 in percent is
-among those left out, on their training images. Every method gets the same draws. Test rows are never read. Features of
-photos are kept in bench/out/.
+among those left out, on their training images. `--kept` keeps a share of the learned classes' images out of training,
+for S, and shows H. Every method gets the same draws. Test rows are never read. Features of photos are kept in
+bench/out/.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from models.backbones import create_backbone
 from models.base import FloatArray, IntArray, LabelledFeatures
 from models.catalog import get_method
 from models.embedding.extraction import ImageFeatures, extract_features
-from models.evaluation import zsl_report
+from models.evaluation import BoolArray, ClassTable, evaluate
 from models.params import Params, PatchParams
 from models.zero_shot.base import create_classifier
 
@@ -83,30 +84,46 @@ def measure(
     count: int,
     left_out: int,
     draw: int,
-) -> float:
-    """T1 of one draw, in percent."""
+    kept: float,
+) -> tuple[float, float | None]:
+    """T1 of one draw, and H if images of the learned classes are kept for it; in percent."""
     features, labels, names = rows
-    order = np.random.default_rng(draw).permutation(len(names))
+    chance = np.random.default_rng(draw)
+    order = chance.permutation(len(names))
     test, train = order[:left_out], order[left_out : left_out + count]
-    number = np.full(len(names), -1)
-    number[test], number[train] = np.arange(len(test)), np.arange(len(train))
-    of_train, of_test = np.isin(labels, train), np.isin(labels, test)
-    learned = LabelledFeatures(features[of_train], number[labels[of_train]], tuple(names[c] for c in train))
+    is_kept = chance.random(len(labels)) < kept
+
+    def part(classes: IntArray, chosen: BoolArray) -> LabelledFeatures:
+        number = np.full(len(names), -1)
+        number[classes] = np.arange(len(classes))
+        of_classes = np.isin(labels, classes) & chosen
+        return LabelledFeatures(features[of_classes], number[labels[of_classes]], tuple(names[c] for c in classes))
+
+    learned = part(train, ~is_kept)
     validation = learned.class_names[: max(2, count // 5)]
     name, params = parse_method(method)
     model = create_classifier(name, params, seed=draw).fit(learned, embeddings[train], validation_classes=validation)
-    scores = model.scores(features[of_test], embeddings[test])
-    return 100 * zsl_report(scores, number[labels[of_test]], [names[c] for c in test]).t1
+    both = np.concatenate([train, test])
+    table = ClassTable(tuple(names[c] for c in both), embeddings[both], np.arange(len(both)) < count)
+    unseen = part(test, np.ones(len(labels), bool))
+    seen = part(train, is_kept) if kept else None
+    report = evaluate(model, table, test_unseen=unseen, test_seen=seen, gamma=model.gamma_)
+    if report.zsl is None:
+        raise SystemExit("The classes left out have no images.")
+    return 100 * report.zsl.t1, None if report.gzsl is None else 100 * report.gzsl.h
 
 
 def main() -> None:
-    """Prints one row a number of classes and method: each draw's T1 and their mean."""
+    """Prints one row a number of classes and method: each draw's T1, and H if asked, and their means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("knowledge")
     parser.add_argument("--counts", type=int, nargs="+", required=True, help="seen classes to learn from")
     parser.add_argument("--left-out", type=int, required=True, help="seen classes that play unseen")
     parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument(
+        "--kept", type=float, default=0.0, metavar="SHARE", help="of the learned classes' images, for H"
+    )
     parser.add_argument("--methods", nargs="+", required=True, help="name:key=value,...")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--weights-dir", type=Path, default=Path("../shared/weights"))
@@ -117,9 +134,15 @@ def main() -> None:
     embeddings = load_embeddings(folder / "knowledge" / f"{asked.knowledge}.npz", rows[2])
     for count in asked.counts:
         for method in asked.methods:
-            found = [measure(method, rows, embeddings, count, asked.left_out, draw) for draw in range(asked.draws)]
-            shown = " ".join(f"{t1:.1f}" for t1 in found)
-            print(f"| {count} | {method} | {shown} | {np.mean(found):.1f} |", flush=True)
+            draws = range(asked.draws)
+            found = [measure(method, rows, embeddings, count, asked.left_out, d, asked.kept) for d in draws]
+            print(f"| {count} | {method} | {_row([t1 for t1, _ in found])} |", end="")
+            harmonic = [h for _, h in found if h is not None]
+            print(f" {_row(harmonic)} |" if harmonic else "", flush=True)
+
+
+def _row(numbers: list[float]) -> str:
+    return f"{' '.join(f'{each:.1f}' for each in numbers)} | {np.mean(numbers):.1f}"
 
 
 if __name__ == "__main__":
