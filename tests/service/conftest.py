@@ -1,4 +1,4 @@
-"""The Python client against an API of the test's own."""
+"""An API of the test's own, with or without real inference, and the Python client against it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ import pytest
 
 from service.client import Client
 from service.core.db import Database
-from tests.service.harness import LiveApi
+from tests.service.harness import LiveApi, Server
 
 
 @pytest.fixture
 def own_api(start_api: Callable[..., LiveApi]) -> LiveApi:
     """An API that no other test sees, without workers."""
     return start_api()
+
+
+@pytest.fixture
+def inferring_api(own_api: LiveApi) -> Iterator[LiveApi]:
+    """An API whose inference process is the real one."""
+    from workers.inference import create_inference_app  # it loads torch, which most tests do without
+
+    own_api.stop_inference()
+    socket = own_api.settings.resolved_inference_url.removeprefix("unix://")
+    server = Server(create_inference_app(own_api.settings), uds=socket, lifespan="on")
+    yield own_api
+    server.stop()
 
 
 @pytest.fixture

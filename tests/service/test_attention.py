@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ from models.zero_shot.sc_egg import SCEGG
 from service.answers import AttentionOut
 from service.client import Client
 from service.core.tables import Classifier
-from tests.service.harness import LiveApi, Server, checked, png, problem
+from tests.service.harness import LiveApi, checked, png, problem
 from tests.service.tasks import VECTORS, knowledge, trained_classifier
-from workers.inference import create_inference_app
 from workers.library import CLASSIFIER_FILES
 from workers.sources import unpack
 
@@ -78,37 +77,29 @@ def test_bad_requests_say_what_is_wrong(live_api: LiveApi) -> None:
     problem(live_api.client.post(url(queued), content=png(1), headers=RAW), 409, "queued")
 
 
-@pytest.fixture
-def api(own_api: LiveApi) -> Iterator[LiveApi]:
-    """An API whose inference process is the real one."""
-    own_api.stop_inference()
-    socket = own_api.settings.resolved_inference_url.removeprefix("unix://")
-    server = Server(create_inference_app(own_api.settings), uds=socket, lifespan="on")
-    yield own_api
-    server.stop()
-
-
 def trained(api: LiveApi, method: str = "sc_egg", **fields: Any) -> dict[str, Any]:
     """A classifier of three attributes, from drawn photos."""
     params = QUICK if method == "sc_egg" else {}
     return trained_classifier(api, **{"method": method, "params": params, "image_size": 64, **fields})
 
 
-def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo(api: LiveApi, tmp_path: Any) -> None:
+def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo(
+    inferring_api: LiveApi, tmp_path: Any
+) -> None:
     words = {"furry": [3.0, 0.0], "tail": [0.0, 2.0]}
     row = trained(
-        api,
-        knowledge_id=knowledge(api, VECTORS, ["furry", "quadrapedal", "tail"]),
-        dimension_knowledge_id=knowledge(api, words),
+        inferring_api,
+        knowledge_id=knowledge(inferring_api, VECTORS, ["furry", "quadrapedal", "tail"]),
+        dimension_knowledge_id=knowledge(inferring_api, words),
         params={**QUICK, "center_vectors": False},
     )
     assert any("quadrapedal" in warning for warning in row["metrics"]["warnings"])
-    with api.parts.database.read() as session:
+    with inferring_api.parts.database.read() as session:
         artifacts = session.get_one(Classifier, row["id"]).artifacts
-    model = load_classifier(unpack(api.parts.store, artifacts, CLASSIFIER_FILES, tmp_path))
+    model = load_classifier(unpack(inferring_api.parts.store, artifacts, CLASSIFIER_FILES, tmp_path))
     assert isinstance(model, SCEGG)
     np.testing.assert_allclose(model.scen.vectors.numpy()[[0, 2]], [[1, 0], [0, 1]], atol=1e-3)
-    answer = api.client.post(f"{url(row['id'])}?class_name=zebra&top_k=2", content=png(99), headers=RAW)
+    answer = inferring_api.client.post(f"{url(row['id'])}?class_name=zebra&top_k=2", content=png(99), headers=RAW)
     (found,) = checked(answer, AttentionOut)["data"]
     assert found["prediction"]["label"] == "zebra"
     assert found["dimensions"][0]["strength"] >= found["dimensions"][1]["strength"]
@@ -118,12 +109,12 @@ def test_attributes_are_named_start_at_their_words_and_are_looked_for_in_a_photo
         assert np.sum(places) == pytest.approx(1, abs=1e-3)
 
 
-def test_names_of_the_request_go_before_and_methods_without_places_are_refused(api: LiveApi) -> None:
-    row = trained(api, knowledge_id=knowledge(api, VECTORS), dimension_names=["a", "b", "c"])
-    (found,) = checked(api.client.post(url(row["id"]), content=png(9), headers=RAW), AttentionOut)["data"]
+def test_names_of_the_request_go_before_and_methods_without_places_are_refused(inferring_api: LiveApi) -> None:
+    row = trained(inferring_api, knowledge_id=knowledge(inferring_api, VECTORS), dimension_names=["a", "b", "c"])
+    (found,) = checked(inferring_api.client.post(url(row["id"]), content=png(9), headers=RAW), AttentionOut)["data"]
     assert sorted(entry["name"] for entry in found["dimensions"]) == ["a", "b", "c"]
-    other = trained(api, "sje", knowledge_id=knowledge(api, VECTORS))
-    problem(api.client.post(url(other["id"]), content=png(9), headers=RAW), 422, "no attention maps")
+    other = trained(inferring_api, "sje", knowledge_id=knowledge(inferring_api, VECTORS))
+    problem(inferring_api.client.post(url(other["id"]), content=png(9), headers=RAW), 422, "no attention maps")
 
 
 def test_vectors_and_names_that_do_not_fit_are_told_before_a_job_is_queued(start_api: Callable[..., LiveApi]) -> None:

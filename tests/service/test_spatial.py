@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from models.zero_shot.base import load_classifier
 from service.answers import ClassifyOut
 from service.core.tables import Classifier, Dataset
 from service.schemas import JobOut, MethodOut
-from tests.service.harness import LiveApi, Server, checked, png, problem
+from tests.service.harness import LiveApi, checked, png, problem
 from tests.service.tasks import VECTORS, knowledge, trained_classifier
 from workers.engine import prepare_image
-from workers.inference import create_inference_app
 from workers.library import CLASSIFIER_FILES
 from workers.sources import unpack
 
@@ -28,16 +26,6 @@ QUICK = {
     "epochs": 1, "steps_per_epoch": 2, "batch_size": 8, "hidden_dim": 8, "critic_steps": 1, "synthetic_per_class": 4,
     "embedding_epochs": 1, "compression_epochs": 1, "vector_dim": 4,
 }  # fmt: skip
-
-
-@pytest.fixture
-def api(own_api: LiveApi) -> Iterator[LiveApi]:
-    """An API whose inference process is the real one."""
-    own_api.stop_inference()
-    socket = own_api.settings.resolved_inference_url.removeprefix("unix://")
-    server = Server(create_inference_app(own_api.settings), uds=socket, lifespan="on")
-    yield own_api
-    server.stop()
 
 
 APN = {"epochs": 2, "warmup_epochs": 1, "batch_size": 4}
@@ -52,26 +40,28 @@ APN = {"epochs": 2, "warmup_epochs": 1, "batch_size": 4}
     ],
 )
 def test_a_classifier_on_maps_trains_on_photos_and_classifies_one(
-    api: LiveApi, method: str, params: dict[str, Any]
+    inferring_api: LiveApi, method: str, params: dict[str, Any]
 ) -> None:
-    row = trained_classifier(api, method=method, params=params)
+    row = trained_classifier(inferring_api, method=method, params=params)
     assert row["metrics"]["backbone"]["feature_dim"] == 256  # of the network; a map has several places of as many
     form = {"classifier_id": row["id"], "class_names": "cat,dog,zebra"}
-    answer = api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
+    answer = inferring_api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
     (found,) = checked(answer, ClassifyOut)["data"]
     assert found["error"] is None
     assert sorted(entry["label"] for entry in found["predictions"]) == ["cat", "dog", "zebra"]
 
 
-def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(api: LiveApi, tmp_path: Path) -> None:
+def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(
+    inferring_api: LiveApi, tmp_path: Path
+) -> None:
     params = {**APN, "mode": "finetune", "backbone_learning_rate": 0.1, "early_stopping": False}
-    made = trained_classifier(api, method="apn_spatial", params=params)
+    made = trained_classifier(inferring_api, method="apn_spatial", params=params)
     form = {"classifier_id": made["id"], "class_names": "cat,dog,zebra", "gamma": "0"}
-    answer = api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
+    answer = inferring_api.client.post("/v1/classify", files={"images": ("a.png", png(99))}, data=form)
     told = {entry["label"]: entry["score"] for entry in checked(answer, ClassifyOut)["data"][0]["predictions"]}
-    with api.parts.database.read() as session:
+    with inferring_api.parts.database.read() as session:
         row = session.get_one(Classifier, made["id"])
-    model = load_classifier(unpack(api.parts.store, row.artifacts, CLASSIFIER_FILES, tmp_path))
+    model = load_classifier(unpack(inferring_api.parts.store, row.artifacts, CLASSIFIER_FILES, tmp_path))
     pixels = prepare_image(png(99), 32)[None]
     trunk = Trunk(create_backbone("small_cnn", weights=None), 32, row.params["finetuned_share"])
     vectors = np.array([[1.0, 0.0, 0.2], [0.0, 1.0, 0.1], [0.7, 0.7, 1.0]], np.float32)
@@ -85,14 +75,14 @@ def test_live_answers_are_those_of_the_network_that_learned_with_the_classifier(
         learned, before = (tail(torch.from_numpy(features)) for tail in (model.network.tail, trunk.tail()))
     assert not torch.allclose(learned, before)
     place = f"/v1/classifiers/{made['id']}/attention"
-    looked = api.client.post(place, content=png(99), headers={"Content-Type": "image/png"})
+    looked = inferring_api.client.post(place, content=png(99), headers={"Content-Type": "image/png"})
     assert looked.status_code == 200, looked.text
 
 
-def test_groups_of_attributes_come_from_the_names_of_the_knowledge(api: LiveApi) -> None:
+def test_groups_of_attributes_come_from_the_names_of_the_knowledge(inferring_api: LiveApi) -> None:
     names = ["coat::striped", "coat::plain", "size::large"]
-    source = knowledge(api, VECTORS, names)
-    row = trained_classifier(api, knowledge_id=source, method="apn_spatial", params=APN)
+    source = knowledge(inferring_api, VECTORS, names)
+    row = trained_classifier(inferring_api, knowledge_id=source, method="apn_spatial", params=APN)
     assert row["params"]["attribute_groups"] == [0, 0, 1]
 
 
