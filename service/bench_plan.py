@@ -35,6 +35,9 @@ class DatasetSpec(_Part):
         None, description="Where features are given: folder of the same classes' photos, for embeddings made of these."
     )
     knowledge: tuple[str, ...] | None = Field(None, description="Default: the file's `knowledge`.")
+    embeddings: tuple[str, ...] | None = Field(
+        None, description="Those measured here: features without photos have none of their own. Default: all."
+    )
 
 
 class ClassifierSpec(_Part):
@@ -103,6 +106,9 @@ def read_spec(path: Path) -> BenchSpec:
     for title, classifier in spec.classifiers.items():
         if unknown := set(classifier.datasets or ()) - set(spec.datasets):
             raise UnseenError(f"{path}: classifier {title!r} names dataset {min(unknown)!r}, which the file lacks.")
+    for name in spec.datasets:
+        if unknown := set(dataset_spec(spec, name).embeddings or ()) - set(spec.embeddings):
+            raise UnseenError(f"{path}: dataset {name!r} names embedding {min(unknown)!r}, which the file lacks.")
     return spec
 
 
@@ -149,7 +155,7 @@ def cells(spec: BenchSpec, data: Path) -> Iterator[Cell]:
     for seed in spec.seeds:
         for name in spec.datasets:
             for source in sources[name]:
-                for embedding in spec.embeddings:
+                for embedding in dataset_spec(spec, name).embeddings or spec.embeddings:
                     for classifier, asked in spec.classifiers.items():
                         if asked.datasets is None or name in asked.datasets:
                             yield Cell(name, source, embedding, classifier, seed)

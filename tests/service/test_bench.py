@@ -145,6 +145,14 @@ def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_di
     assert [cell_key(before, cell) for cell in cells(before, data)] == [cell_key(after, c) for c in cells(after, data)]
 
 
+def test_a_dataset_may_be_measured_with_some_embeddings(data: Path) -> None:
+    spec = spec_of(data, PLAN.replace("knowledge: [attributes]}", "knowledge: [attributes], embeddings: [raw]}"))
+    plain = spec_of(data)
+    assert {cell.embedding for cell in cells(spec, data) if cell.dataset == "fish"} == {"raw"}
+    left = [cell for cell in cells(plain, data) if cell.dataset == "birds" or cell.embedding == "raw"]
+    assert [cell_key(plain, cell) for cell in left] == [cell_key(spec, cell) for cell in cells(spec, data)]
+
+
 def test_a_classifier_may_be_searched_for_within_a_budget(data: Path) -> None:
     searching = PLAN.replace("{method: sje}", "{method: sje, search: {trials: 3}}")
     spec, client, results = spec_of(data, searching), FakeClient(), Results(data / "out")
@@ -223,6 +231,7 @@ def test_tables_show_mean_and_spread_what_failed_and_the_papers_numbers(data: Pa
         (("{method: sje}", "{methode: sje}"), "classifiers/SJE/method"),
         (("datasets:", "datasets: ["), "no readable YAML"),
         (("{method: sje}", "{method: sje, datasets: [whales]}"), "'SJE' names dataset 'whales'"),
+        (("  birds:", "  birds: {embeddings: [oracle]}"), "'birds' names embedding 'oracle'"),
     ],
 )
 def test_a_file_that_is_wrong_says_where(data: Path, change: tuple[str, str], message: str) -> None:
