@@ -6,6 +6,8 @@ Prints one JSON object. Rounds are interleaved, so that other load on the machin
 - raw_call: `Backbone.features` on patches in memory, torch spreading each operation over all threads;
 - raw_streams: the same, one stream a thread with one torch thread each: the most that the machine gives;
 - pipeline: `extract_features` from files on disk.
+cutting: images a second that threads and processes cut, without a network, from the tenth on, and what that costs this
+process: of it, the part that holds the GIL bounds all.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 from bench import CREATURES, exponent
 from models.backbones import Backbone, create_backbone
 from models.data.images import DEFAULT_LIMITS, decode_image
-from models.embedding.extraction import ImageFeatures, decoded_side, extract_features
+from models.embedding.cutting import Source, cut_in_processes, cut_in_threads, decoded_side
+from models.embedding.extraction import ImageFeatures, extract_features
 from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
 from service.core.process import COMPUTE_ENVIRONMENT
@@ -84,6 +87,27 @@ def measure_stages(args: argparse.Namespace) -> dict[str, float]:
     cut = time.thread_time()
     times = {"decode": decoded - start, "watershed": segmented - decoded, "cut": cut - segmented}
     return {name: round(seconds * 1000 / len(images), 2) for name, seconds in times.items()}
+
+
+def measure_cutting(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Images a second, and CPU milliseconds an image of this process."""
+    params, paths = PatchParams(size=args.size), _sample(args.images, args.n_images)
+
+    def images() -> Iterator[Source]:
+        return ((path.name, path.read_bytes) for _ in range(10) for path in paths)
+
+    found: dict[str, dict[str, float]] = {}
+    with ThreadPoolExecutor(args.threads, initializer=_use_one_thread) as pool:
+        in_threads = cut_in_threads(images(), params, DEFAULT_LIMITS, pool, 4 * args.threads)
+        in_processes = cut_in_processes(images(), params, DEFAULT_LIMITS, args.threads)
+        for name, cut in (("threads", in_threads), ("processes", in_processes)):
+            began = cpu = 0.0
+            for number, _ in enumerate(cut):
+                if number == 10:
+                    began, cpu = time.perf_counter(), time.process_time()
+            n, seconds, cpu = number - 10, time.perf_counter() - began, time.process_time() - cpu
+            found[name] = {"images_per_s": round(n / seconds, 1), "own_cpu_ms_per_image": round(1000 * cpu / n, 2)}
+    return found
 
 
 def measure_growth(args: argparse.Namespace) -> list[dict[str, float]]:
@@ -190,6 +214,7 @@ def main() -> None:
         print_growth(args)
         return
     result = {**measure_throughput(args), "prepare_cpu_ms_per_image": measure_stages(args)}
+    result["cutting"] = measure_cutting(args)
     if args.growth_images:
         result["growth"] = measure_growth(args)
     print(json.dumps(result, indent=2))

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from models.data.images import decode_image
 from models.embedding.clustering import PatchClustering
-from models.embedding.extraction import decoded_side
+from models.embedding.cutting import decoded_side
 from models.params import EmbeddingSetParams
 from service.core import repositories
 from service.core.artifacts import ArtifactStore, image_key

@@ -27,7 +27,8 @@ from models.backbones import SpatialBackbone, create_backbone
 from models.base import FloatArray, LabelledFeatures
 from models.catalog import get_method
 from models.data.overlays import Tile, sheet
-from models.embedding.extraction import ImageFailure, extract_features
+from models.embedding.cutting import ImageFailure
+from models.embedding.extraction import extract_features
 from models.evaluation import ClassTable, evaluate
 from models.params import PatchParams
 from models.zero_shot.base import ZeroShotModel, create_classifier

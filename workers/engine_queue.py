@@ -15,7 +15,8 @@ from torch import Tensor
 
 from models.base import FloatArray
 from models.data.images import DEFAULT_LIMITS, ImageLimits, decode_image
-from models.embedding.extraction import FLOAT16_MAX, decoded_side
+from models.embedding.cutting import decoded_side
+from models.embedding.extraction import FLOAT16_MAX
 from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
 from workers.predictions import FeatureExtractor, ImageError

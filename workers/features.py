@@ -6,6 +6,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from safetensors.numpy import save_file
 
 from models.base import Progress
 from models.data.images import ImageLimits
-from models.embedding.extraction import ImageFailure, ImageFeatures, extract_features
+from models.embedding.cutting import ImageFailure, has_room_for_processes
+from models.embedding.extraction import ImageFeatures, extract_features
 from models.params import PatchParams
 from service.core import repositories
 from service.core.artifacts import image_key
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 SHARD_IMAGES = 256
 WORTH_PREPARING = {"cpu": 1000, "cuda": 100_000}
 """By device: patches in which a faster network makes up for the seconds that its preparation takes."""
+WORTH_PROCESSES = 2000
+"""Images in which processes that cut them make up for the seconds of their start."""
 FORMAT = 1  # grows when the same inputs would give other features
 
 
@@ -93,33 +98,80 @@ def _compute(
     settings = context.settings
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     failures: dict[str, str] = {}
-    shard: list[ImageFeatures] = []
     done, n_rows = total - len(missing), 0
     context.progress(Progress(phase, done, total))
     n_threads = settings.threads or usable_cores()
+    n_processes = processes_to_cut(backbone.device.type, patches, len(missing), n_threads)
     n_patches = len(missing) * patches.n_patches
     worth_it = n_patches >= WORTH_PREPARING[backbone.device.type] or settings.backend != "auto"
     network = fast_backbone(backbone, patches.size, settings, streams=n_threads, may_prepare=worth_it)
     sources = _sources(context, missing)
-    for result in extract_features(sources, network, patches, limits=limits, n_threads=n_threads):
-        if isinstance(result, ImageFailure):
-            failures[result.key] = result.reason
-        else:
-            shard.append(result)
-            n_rows += len(result.features)
-        done += 1
-        if len(shard) == SHARD_IMAGES:
-            _write_shard(context, spec, shard)
-            shard = []
-        context.progress(Progress(phase, done, total))
-    if shard:
-        _write_shard(context, spec, shard)
+    results = extract_features(sources, network, patches, limits=limits, n_threads=n_threads, n_processes=n_processes)
+    with closing(_ShardWriter(context, spec)) as shards:
+        for result in results:
+            if isinstance(result, ImageFailure):
+                failures[result.key] = result.reason
+            else:
+                shards.add(result)
+                n_rows += len(result.features)
+            done += 1
+            context.progress(Progress(phase, done, total))
+        shards.flush()
     return failures, n_rows
+
+
+def processes_to_cut(device_type: str, patches: PatchParams, n_images: int, n_threads: int) -> int:
+    """How many processes cut images beside a network on this device; 0: threads do.
+
+    A CPU that also computes the network needs none: threads keep it busy. A GPU outruns them.
+    """
+    if device_type == "cpu" or n_images < WORTH_PROCESSES or not has_room_for_processes(patches, n_threads):
+        return 0
+    return n_threads
 
 
 def _sources(context: TaskContext, sha256s: Sequence[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     for sha256 in sha256s:
         yield sha256, partial(context.store.read_bytes, image_key(sha256))
+
+
+class _ShardWriter:
+    """Writes features of `SHARD_IMAGES` images at a time, in a thread, while the next ones are computed.
+
+    Closed in the middle, it finishes the shard under way and drops the images that fill none.
+    """
+
+    def __init__(self, context: TaskContext, spec: str) -> None:
+        self._context, self._spec = context, spec
+        self._shard: list[ImageFeatures] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._running: Future[None] | None = None
+
+    def add(self, image: ImageFeatures) -> None:
+        """Raises what writing the shard before has raised."""
+        self._shard.append(image)
+        if len(self._shard) == SHARD_IMAGES:
+            self._start()
+
+    def flush(self) -> None:
+        """Everything is in the store and known."""
+        if self._shard:
+            self._start()
+        self._finish()
+
+    def close(self) -> None:
+        """Waits for the thread."""
+        self._thread.shutdown()
+
+    def _start(self) -> None:
+        self._finish()
+        self._running = self._thread.submit(_write_shard, self._context, self._spec, self._shard)
+        self._shard = []
+
+    def _finish(self) -> None:
+        if self._running is not None:
+            self._running.result()
+            self._running = None
 
 
 def _write_shard(context: TaskContext, spec: str, shard: Sequence[ImageFeatures]) -> None:

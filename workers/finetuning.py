@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.data.images import ImageLimits, decode_image
-from models.embedding.extraction import decoded_side
+from models.embedding.cutting import decoded_side
 from models.embedding.finetune import TrainableBackbone
 from models.embedding.patches import cut_patches
 from models.params import PatchParams

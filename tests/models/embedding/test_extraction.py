@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,10 @@ from PIL import Image
 
 from models.backbones import Backbone, create_backbone
 from models.data.images import DEFAULT_LIMITS, decode_image
-from models.embedding.extraction import ImageFailure, ImageFeatures, decoded_side, extract_features
+from models.embedding.cutting import ImageFailure, decoded_side, has_room_for_processes
+from models.embedding.extraction import ImageFeatures, extract_features
 from models.embedding.patches import cut_patches, patch_boxes
+from models.errors import UnreadableImage
 from models.params import PatchParams
 
 PARAMS = PatchParams(size=32)
@@ -69,6 +74,54 @@ def test_a_second_run_is_the_same_bit_for_bit(backbone: Backbone) -> None:
     one, two = (usable(list(extract_features(files(7), backbone, PARAMS, n_threads=2))) for _ in range(2))
     for a, b in zip(one, two, strict=True):
         assert (a.features == b.features).all()
+
+
+@pytest.mark.parametrize("params", [PARAMS, PatchParams(method="grid", n_patches=5, size=32)])
+def test_processes_cut_as_threads_do(backbone: Backbone, params: PatchParams) -> None:
+    def unreadable() -> bytes:
+        raise UnreadableImage("It was lost.")
+
+    images = [*files(9), ("empty", stored(b"")), ("lost", unreadable), *files(9)]
+    in_threads = list(extract_features(images, backbone, params))
+    in_processes = list(extract_features(images, backbone, params, n_processes=2))
+    assert [result.key for result in in_processes] == [key for key, _ in images]
+    for one, other in zip(in_threads, in_processes, strict=True):
+        if isinstance(one, ImageFeatures):
+            assert isinstance(other, ImageFeatures)
+            assert (one.features == other.features).all()
+            assert (one.boxes == other.boxes).all()
+            assert one.frame == other.frame
+        else:
+            assert one == other
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_when_nobody_listens_any_more_or_one_is_killed(backbone: Backbone) -> None:
+    data = picture(0)
+    for end in ("closed", "killed"):
+        results = extract_features(((str(i), stored(data)) for i in count()), backbone, PARAMS, n_processes=2)
+        next(results)
+        children = multiprocessing.active_children()
+        assert len(children) == 2
+        if end == "closed":
+            results.close()  # type: ignore[attr-defined]  # a generator, typed as an iterator
+        else:
+            children[0].kill()
+            with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+                list(results)
+        assert not multiprocessing.active_children()
+        assert not threads_left()
+
+
+def test_processes_need_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_of(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=free))
+
+    disk_of(64 * 2**20)
+    assert has_room_for_processes(PatchParams(), 4)
+    assert not has_room_for_processes(PatchParams(), 8)
+    disk_of(2**30)
+    assert has_room_for_processes(PatchParams(), 8)
 
 
 def test_unreadable_images_are_reported_in_their_place(backbone: Backbone) -> None:
