@@ -92,12 +92,11 @@ def cut_in_processes(
     """
     # The server loads what each process then has; without it each would load torch, in seconds.
     multiprocessing.set_forkserver_preload([__name__])
-    n_ahead = AHEAD * n_processes
     pixels = torch.empty(_shape_of_pixels(params, n_processes), dtype=torch.uint8)
     pixels.share_memory_()  # type: ignore[no-untyped-call]  # torch gives it no types
     free = deque(range(len(pixels)))
     with ThreadPoolExecutor(n_processes, thread_name_prefix="patches") as readers:
-        files = _in_order(lambda image: readers.submit(_read, image), images, n_ahead)
+        files = _in_order(lambda image: readers.submit(_read, image), images, 2 * n_processes)
         loader = DataLoader(
             _Cutting(params, limits, pixels),
             sampler=((free.popleft(), file) for file in files),  # what it gives is what the dataset is asked for

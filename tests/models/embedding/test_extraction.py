@@ -96,6 +96,26 @@ def test_processes_cut_as_threads_do(backbone: Backbone, params: PatchParams) ->
     assert not multiprocessing.active_children()
 
 
+def test_a_network_that_is_not_on_the_cpu_has_a_thread_of_its_own(backbone: Backbone) -> None:
+    class Elsewhere:
+        digest, feature_dim, max_batch = backbone.digest, backbone.feature_dim, backbone.max_batch
+        device = torch.device("cuda")
+        threads, sizes = set[int](), list[int]()
+
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            self.threads.add(threading.get_ident())
+            self.sizes.append(len(images))
+            return backbone.features(images)
+
+    elsewhere = Elsewhere()
+    found = usable(list(extract_features(files(9), elsewhere, PARAMS, batch_size=7)))
+    assert len(elsewhere.threads) == 1
+    assert set(elsewhere.sizes[:-1]) == {7}  # across images
+    for one, other in zip(usable(list(extract_features(files(9), backbone, PARAMS))), found, strict=True):
+        np.testing.assert_allclose(one.features, other.features, rtol=2e-3, atol=2e-3)
+    assert not threads_left()
+
+
 def test_processes_end_when_nobody_listens_any_more_or_one_is_killed(backbone: Backbone) -> None:
     data = picture(0)
     for end in ("closed", "killed"):
