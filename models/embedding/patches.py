@@ -30,7 +30,7 @@ def patch_boxes(image: NDArray[np.uint8], params: PatchParams | None = None) -> 
     """Boxes (n, 4) of the patches of `image` (h, w, 3): left, top, right, bottom, right and bottom exclusive.
 
     At least one box, none of them empty. n is about `params.n_patches`: the watershed's markers lie on a regular
-    grid (8 or 9 of them for 9, by the image's shape). The same image gives the same boxes.
+    grid (6 to 12 of them for 9, by the image's shape). The same image gives the same boxes.
     """
     params = params or PatchParams()
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype != np.uint8:

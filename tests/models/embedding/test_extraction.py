@@ -15,6 +15,7 @@ from PIL import Image
 
 from models.backbones import Backbone, create_backbone
 from models.data.images import DEFAULT_LIMITS, decode_image
+from models.embedding import cutting
 from models.embedding.cutting import ImageFailure, decoded_side, has_room_for_processes
 from models.embedding.extraction import ImageFeatures, extract_features
 from models.embedding.patches import cut_patches, patch_boxes
@@ -76,14 +77,17 @@ def test_a_second_run_is_the_same_bit_for_bit(backbone: Backbone) -> None:
         assert (a.features == b.features).all()
 
 
-@pytest.mark.parametrize("params", [PARAMS, PatchParams(method="grid", n_patches=5, size=32)])
-def test_processes_cut_as_threads_do(backbone: Backbone, params: PatchParams) -> None:
+@pytest.mark.parametrize("room", [12, 8])  # patches of an image; without room they travel by themselves
+def test_processes_cut_as_threads_do(backbone: Backbone, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutting, "_shape_of_pixels", lambda _params, n: (cutting.AHEAD * n + 1, room, 32, 32, 3))
+
     def unreadable() -> bytes:
         raise UnreadableImage("It was lost.")
 
     images = [*files(9), ("empty", stored(b"")), ("lost", unreadable), *files(9)]
-    in_threads = list(extract_features(images, backbone, params))
-    in_processes = list(extract_features(images, backbone, params, n_processes=2))
+    in_threads = list(extract_features(images, backbone, PARAMS))
+    in_processes = list(extract_features(images, backbone, PARAMS, n_processes=2))
+    assert {len(result.boxes) > 8 for result in usable(in_threads)} == {True, False}
     assert [result.key for result in in_processes] == [key for key, _ in images]
     for one, other in zip(in_threads, in_processes, strict=True):
         if isinstance(one, ImageFeatures):
@@ -138,8 +142,8 @@ def test_processes_need_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=free))
 
     disk_of(64 * 2**20)
-    assert has_room_for_processes(PatchParams(), 4)
-    assert not has_room_for_processes(PatchParams(), 8)
+    assert has_room_for_processes(PatchParams(), 2)
+    assert not has_room_for_processes(PatchParams(), 4)
     disk_of(2**30)
     assert has_room_for_processes(PatchParams(), 8)
 
