@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 import torch
@@ -105,6 +108,7 @@ def cut_in_processes(
             num_workers=n_processes,
             prefetch_factor=AHEAD,
             multiprocessing_context="forkserver",
+            worker_init_fn=_end_with_parent,
         )
         for place, found in loader:
             if isinstance(found, _Placed):
@@ -163,6 +167,18 @@ class _Loader(DataLoader[tuple[int, CutImage | _Placed | ImageFailure]]):
 
     def check_worker_number_rationality(self) -> None:
         """Anything goes."""
+
+
+def _end_with_parent(_number: int) -> None:
+    """torch's own watch looks at this process's parent, which is the fork server and waits for its children."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _as_it_is(item: T) -> T:

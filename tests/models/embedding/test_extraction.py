@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +139,26 @@ def test_processes_end_when_nobody_listens_any_more_or_one_is_killed(backbone: B
                 list(results)
         assert not multiprocessing.active_children()
         assert not threads_left()
+
+
+def test_processes_end_with_the_one_they_cut_for() -> None:
+    """Whatever ends it: they would wait for work for ever."""
+    code = (
+        "import multiprocessing; from itertools import repeat; from models.data.images import DEFAULT_LIMITS; "
+        "from models.embedding.cutting import cut_in_processes; from models.params import PatchParams; "
+        "cut = cut_in_processes(repeat(('image', bytes)), PatchParams(size=32), DEFAULT_LIMITS, 2); next(cut); "
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True); list(cut)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        children = [Path("/proc", pid) for pid in process.stdout.readline().decode().split()]
+        assert len(children) == 2
+        assert all(child.exists() for child in children)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(child.exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_processes_need_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
