@@ -348,19 +348,25 @@ def _settle_batch_norm(module: nn.Module, seed: int) -> None:
     """Measures an untrained network's batch statistics on coloured noise.
 
     With the initial statistics (mean 0, variance 1) an untrained MobileNet's features are near 1e-9, nothing in fp16.
+    On one thread: sums rounded in another order would be other weights, and a network of another digest.
     """
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     if not norms:
         return
     generator = torch.Generator().manual_seed(seed)
     side = 224 if isinstance(module, torchvision.models.MaxVit) else 96  # MaxVit takes one size only
-    noise = F.interpolate(torch.randn((16, 3, 12, 12), generator=generator), size=(side, side), mode="bilinear")
     module.eval()
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.train().momentum = 1.0
-    with torch.no_grad():
-        module(noise)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            noise = torch.randn((16, 3, 12, 12), generator=generator)
+            module(F.interpolate(noise, size=(side, side), mode="bilinear"))
+    finally:
+        torch.set_num_threads(n_threads)
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.eval().momentum = momentum
 

@@ -104,6 +104,19 @@ def test_no_images_give_no_rows(small: Backbone) -> None:
     assert small.spatial(noise(0, 32)).shape[:2] == (0, 256)
 
 
+def test_untrained_weights_do_not_depend_on_the_number_of_threads() -> None:
+    """Processes with different numbers of threads must agree on which network it is."""
+    before, digests = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            digests.append(create_backbone("mobilenet_v2", weights=None).digest)
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    assert digests[0] == digests[1]
+
+
 def test_the_seed_decides_untrained_weights_and_the_digest() -> None:
     one, again, other = (create_backbone("small_cnn", weights=None, seed=seed) for seed in (1, 1, 2))
     bf16 = create_backbone("small_cnn", weights=None, seed=1, precision="bf16")
