@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from models.errors import nearest_names
 from service.core import repositories
 from service.core.disconnect import unless_gone
-from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, UnsupportedMedia
+from service.core.errors import Conflict, Invalid, Problem, TooLarge, UnsupportedMedia
 from service.core.repositories import ClassifierState
 from service.deps import Parts
 from service.problems import invalid
@@ -150,14 +150,9 @@ def _list_field(values: Sequence[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",")] if len(values) == 1 else list(values)
 
 
-def ready_classifier(parts: Parts, classifier_id: str | None, method: str | None = None) -> ClassifierState:
+async def ready_classifier(parts: Parts, classifier_id: str | None, method: str | None = None) -> ClassifierState:
     """The classifier asked for, or the newest, of `method` if one is given; Conflict when it is not ready."""
-    with parts.database.read() as session:
-        asked = classifier_id or repositories.newest_classifier(session, method)
-        if asked is None:
-            of_method = f" of method {method!r}" if method else ""
-            raise NotFound(f"There is no ready classifier{of_method}; train one with POST /v1/classifiers.")
-        found = repositories.classifier_state(session, asked)
+    found = await repositories.classifier_now(parts.database, classifier_id, method)
     if found.status != "ready":
         raise Conflict(f"Classifier {found.id!r} is {found.status}; see job {found.job_id}.", retry_after_s=2)
     return found

@@ -99,7 +99,8 @@ class Gate:
                 return await receive()
             allowed_s = began + pause_s + total / MIN_BYTES_PER_S - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, min(pause_s, allowed_s)))
+                async with asyncio.timeout(max(0.0, min(pause_s, allowed_s))):
+                    message = await receive()
             except TimeoutError:
                 raise TooSlow(
                     f"The body did not arrive in time: send it without pauses of {pause_s:g} s or more, "

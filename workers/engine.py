@@ -31,6 +31,7 @@ from workers.engine_queue import (
     EngineStats,
     EngineTooLate,
     Pulse,
+    Question,
     Ready,
     Request,
     alike,
@@ -132,12 +133,7 @@ class Engine:
         Raises EngineBusy, EngineClosed, and InvalidInput for classes that cannot compete. The future fails with
         EngineTooLate after `timeout_s`; that, and cancelling it, spares the images that have not run yet.
         """
-        classes = competing(resident, scope, class_names)
-
-        def finish(rows: FloatArray) -> Sequence[Any]:
-            return rank(resident, rows, classes, k=top_k, gamma=gamma)
-
-        return self._submit(resident, images, finish, timeout_s)
+        return self._submit(rank, resident, images, scope, class_names, timeout_s, k=top_k, gamma=gamma)
 
     def infer(
         self,
@@ -150,12 +146,7 @@ class Engine:
         timeout_s: float = math.inf,
     ) -> Future[list[Relatives | ImageError]]:
         """For each image file the classes that it is most like and most unlike; as `classify` otherwise."""
-        classes = competing(resident, "all", class_names)
-
-        def finish(rows: FloatArray) -> Sequence[Any]:
-            return relate(resident, rows, classes, tau=tau, k=top_k)
-
-        return self._submit(resident, images, finish, timeout_s)
+        return self._submit(relate, resident, images, "all", class_names, timeout_s, tau=tau, k=top_k)
 
     def look(
         self,
@@ -167,8 +158,7 @@ class Engine:
         timeout_s: float = math.inf,
     ) -> Future[list[Look | ImageError]]:
         """For each image file where the classifier looks; the future fails with InvalidInput where it cannot."""
-        classes = competing(resident, "all", class_names)
-        return self._submit(resident, images, lambda rows: look(resident, rows, classes, k=top_k), timeout_s)
+        return self._submit(look, resident, images, "all", class_names, timeout_s, k=top_k)
 
     def probe(self, timeout_s: float = 30.0) -> None:
         """Have the device compute: one image through the network used last, unless a batch went well just now.
@@ -204,13 +194,19 @@ class Engine:
 
     def _submit(
         self,
+        tell: Callable[..., Sequence[Any]],
         resident: Resident,
         images: Sequence[bytes],
-        finish: Callable[[FloatArray], Sequence[Any]],
+        scope: Scope,
+        class_names: Sequence[str] | None,
         timeout_s: float,
+        **options: float | None,
     ) -> Future[list[Any]]:
+        names = None if class_names is None else tuple(class_names)
+        classes = competing(resident, scope, names)
+        question = Question(tell, resident, scope, names, tuple(options.items()), classes)
         deadline = time.monotonic() + timeout_s
-        request = Request(resident.backbone, resident.size, finish, [None] * len(images), len(images), deadline)
+        request = Request(resident.backbone, resident.size, question, [None] * len(images), len(images), deadline)
         if not images:
             request.future.set_result([])
             return request.future
@@ -267,7 +263,7 @@ class Engine:
                 self._ready.append(Ready(pixels, request, position))
             self._changed.notify_all()
         if pixels is None:
-            self._settle(request, [(position, outcome or GIVEN_UP)])
+            self._settle([(request, position, outcome or GIVEN_UP)])
 
     # -- the device's thread -------------------------------------------------------------------------------------------
 
@@ -275,8 +271,7 @@ class Engine:
         torch.set_num_threads(self._torch_threads)  # the decoders' 1 is partly the whole process's
         while True:
             batch, dropped = self._next_batch()
-            for item in dropped:
-                self._settle(item.request, [(item.position, GIVEN_UP)])
+            self._settle([(item.request, item.position, GIVEN_UP) for item in dropped])
             if not batch:
                 if self._closed:
                     return
@@ -296,10 +291,9 @@ class Engine:
                 self._last_network = weakref.ref(batch[0].request.backbone), batch[0].request.size
                 if rows is not None and np.isfinite(rows).all():
                     self._last_success = self._last_end
-            for request in dict.fromkeys(item.request for item in batch):
-                mine = [(item.position, i) for i, item in enumerate(batch) if item.request is request]
-                gone = ImageError("The network failed on this image.")
-                self._settle(request, [(position, gone if rows is None else rows[i]) for position, i in mine])
+            gone = ImageError("The network failed on this image.")
+            found = [gone] * len(batch) if rows is None else rows
+            self._settle([(item.request, item.position, row) for item, row in zip(batch, found, strict=True)])
 
     def _next_batch(self) -> tuple[list[Ready], list[Ready]]:
         """Images for one forward pass, of one backbone and size, the oldest first; and those nobody waits for.
@@ -336,23 +330,40 @@ class Engine:
         first = self._ready[0].request
         return sum(alike(item.request, first) for item in self._ready)
 
-    def _settle(self, request: Request, outcomes: Sequence[tuple[int, FloatArray | ImageError]]) -> None:
-        """Enter rows or errors of a request's images; the last ones answer it."""
+    def _settle(self, outcomes: Sequence[tuple[Request, int, FloatArray | ImageError]]) -> None:
+        """Enter rows or errors of requests' images; the last ones of a request answer it."""
         with self._changed:
-            for position, outcome in outcomes:
+            for request, position, outcome in outcomes:
                 request.rows[position] = outcome
-            request.n_left -= len(outcomes)
+                request.n_left -= 1
             self._n_pending -= len(outcomes)
-            is_last = request.n_left == 0
-        if is_last and self._claim(request):
-            try:
-                if time.monotonic() > request.deadline:
-                    raise EngineTooLate("The request's time was over before its last image had run.")
-                found = answers(request)
-            except Exception as error:  # the classifier's own; it belongs to the caller
+            whole = [request for request in dict.fromkeys(outcome[0] for outcome in outcomes) if request.n_left == 0]
+        asking: dict[Callable[[FloatArray], Sequence[Any]], list[Request]] = {}
+        for request in whole:
+            if self._claim(request):
+                asking.setdefault(request.question, []).append(request)
+        for same in asking.values():
+            self._answer(same)
+
+    def _answer(self, requests: Sequence[Request]) -> None:
+        """Answer requests of one question together; where that fails, each alone, so that none spoils another's."""
+        now = time.monotonic()
+        in_time = [request for request in requests if now <= request.deadline]
+        for request in requests:
+            if now > request.deadline:
+                error = EngineTooLate("The request's time was over before its last image had run.")
                 request.future.set_exception(error)
+        try:
+            found = answers(in_time) if in_time else []
+        except Exception as error:  # the classifier's own; it belongs to the caller
+            if len(in_time) == 1:
+                in_time[0].future.set_exception(error)
             else:
-                request.future.set_result(found)
+                for request in in_time:
+                    self._answer([request])
+        else:
+            for request, told in zip(in_time, found, strict=True):
+                request.future.set_result(told)
 
     def _fail(self, request: Request, error: Exception) -> None:
         """End the request with `error`, unless it has ended."""

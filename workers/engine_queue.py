@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.base import FloatArray
+from models.base import FloatArray, IntArray
 from models.data.images import DEFAULT_LIMITS, ImageLimits, decode_image
 from models.embedding.cutting import decoded_side
 from models.embedding.extraction import FLOAT16_MAX
 from models.embedding.patches import cut_patches, patch_boxes
 from models.params import PatchParams
-from workers.predictions import FeatureExtractor, ImageError
+from workers.predictions import FeatureExtractor, ImageError, Resident, Scope
 
 GIVEN_UP = ImageError("The request was given up.")
 
@@ -50,16 +50,35 @@ class EngineStats:
     n_waiting: int
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of images: `tell` of them, with its options, among `classes` of the resident.
+
+    Equal ones are answered together: `classes` follow from scope and names.
+    """
+
+    tell: Callable[..., Sequence[Any]]
+    resident: Resident
+    scope: Scope
+    class_names: tuple[str, ...] | None
+    options: tuple[tuple[str, float | None], ...]
+    classes: IntArray = field(compare=False)
+
+    def __call__(self, rows: FloatArray) -> Sequence[Any]:
+        """An answer for each row of features."""
+        return self.tell(self.resident, rows, self.classes, **dict(self.options))
+
+
 @dataclass(eq=False)
 class Request:
     """Images on their way, the rows they have so far, and the future of all their answers.
 
-    deadline: on the monotonic clock.
+    question: rows of features -> an answer for each. deadline: on the monotonic clock.
     """
 
     backbone: FeatureExtractor
     size: int
-    finish: Callable[[FloatArray], Sequence[Any]]
+    question: Callable[[FloatArray], Sequence[Any]]
     rows: list[FloatArray | ImageError | None]
     n_left: int
     deadline: float = math.inf
@@ -104,11 +123,11 @@ def forward(batch: Sequence[Ready]) -> FloatArray:
     return np.asarray(features.to(torch.float16).cpu().numpy(), np.float32)
 
 
-def answers(request: Request) -> list[Any]:
-    """What `request.finish` makes of its rows, in the order of its images, with the errors in their places."""
-    rows = [row for row in request.rows if isinstance(row, np.ndarray)]
-    ranked = iter(request.finish(np.stack(rows)) if rows else ())
-    return [row if isinstance(row, ImageError) else next(ranked) for row in request.rows if row is not None]
+def answers(requests: Sequence[Request]) -> list[list[Any]]:
+    """What their question, the same for all, says of each request's images, with the errors in their places."""
+    rows = [row for request in requests for row in request.rows if isinstance(row, np.ndarray)]
+    told = iter(requests[0].question(np.stack(rows)) if rows else ())
+    return [[row if isinstance(row, ImageError) else next(told) for row in request.rows] for request in requests]
 
 
 def alike(one: Request, other: Request) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -74,7 +75,7 @@ class Competing:
     names: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ClassTable:
     """All classes of a classifier at one version of its embedding set."""
 
@@ -99,6 +100,7 @@ class Library:
         self._device = device
         self._cache: ModelCache[Any] = ModelCache(settings.max_resident_bytes, _parts)
         self._uses: dict[str, str] = {}  # digest of a backbone -> a classifier that was trained with it
+        self._scopes: WeakKeyDictionary[Resident, dict[str, tuple[_ClassTable, Competing]]] = WeakKeyDictionary()
         self._prepared: set[tuple[str, int]] = set()  # digest and size of networks that were, or are being, prepared
 
     def resident_names(self) -> list[str]:
@@ -144,13 +146,23 @@ class Library:
         """The classes of a request: all of a scope, or those named; names it does not know are predicted."""
         resident: Resident = self._cache.get(f"classifier:{state.id}", lambda: self._open_classifier(state.id))
         table: _ClassTable = self._cache.get(f"classes:{state.id}:{state.version}", lambda: self._read_table(state.id))
+        if class_names is None:
+            return self._whole(resident, table, state, scope)
         return self._among(resident, table, state, scope, class_names)
 
     def competing_at_once(self, state: ClassifierState, scope: str) -> Competing | None:
         """All classes of a scope; None where that would take a look at a disk or a database."""
         resident: Resident | None = self._cache.held(f"classifier:{state.id}")
         table: _ClassTable | None = self._cache.held(f"classes:{state.id}:{state.version}")
-        return None if resident is None or table is None else self._among(resident, table, state, scope, None)
+        return None if resident is None or table is None else self._whole(resident, table, state, scope)
+
+    def _whole(self, resident: Resident, table: _ClassTable, state: ClassifierState, scope: str) -> Competing:
+        """All classes of a scope; the same object until model or classes change: its requests are answered together."""
+        known = self._scopes.setdefault(resident, {})
+        held = known.get(scope)
+        if held is None or held[0] is not table:
+            held = known[scope] = table, self._among(resident, table, state, scope, None)
+        return held[1]
 
     def _among(
         self,

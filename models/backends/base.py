@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 from models.backbones import Backbone, BackboneView, FeatureNetwork
 from models.errors import ShapeMismatch
+
+Run = Callable[[Tensor], Tensor]
+"""uint8 (B, 3, size, size) -> float32 (B, feature_dim), from any thread."""
+PIECES_A_THREAD = 4
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,13 @@ class Backend(Protocol):
 class PreparedNetwork(BackboneView):
     """A backbone whose features a backend computes, for images of one `size`. Views of one network are equal.
 
-    run: uint8 (B, 3, size, size) with 1 <= B <= max_batch -> float32 (B, feature_dim), from any thread.
-    n_bytes: of its own copy of the weights.
+    run: takes 1 <= B <= max_batch. n_bytes: of its own copies of the weights.
     """
 
     backend: str
     backbone: Backbone
     size: int
-    run: Callable[[Tensor], Tensor] = field(compare=False, repr=False)
+    run: Run = field(compare=False, repr=False)
     n_bytes: int = field(compare=False, default=0)
 
     @property
@@ -91,6 +95,26 @@ class PreparedNetwork(BackboneView):
             )
         rows = [self.run(part) for part in torch.split(images, self.max_batch) if len(part)]
         return torch.cat(rows) if rows else torch.empty((0, self.feature_dim), device=self.device)
+
+
+class Spread:
+    """One batch on several threads: a small one together, layer by layer; a larger one in pieces of a thread each.
+
+    Threads that share a layer wait for each other at its end, and where anything else needs a core now and then, all
+    of them wait for the one that lost it. Pieces only meet at the end of the batch, and whoever is free takes the next.
+
+    together: on all `threads`. apart: on one thread, from several at a time.
+    """
+
+    def __init__(self, together: Run, apart: Run, threads: int) -> None:
+        self._together, self._apart, self._threads = together, apart, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="network")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) < self._threads:
+            return self._together(images)
+        pieces = torch.split(images, max(1, len(images) // (PIECES_A_THREAD * self._threads)))
+        return torch.cat(list(self._pool.map(self._apart, pieces)))
 
 
 class Whole(nn.Module):

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from models.backbones import Backbone
-from models.backends.base import Place, Whole
+from models.backbones import Backbone, Precision
+from models.backends.base import Place, PreparedNetwork, Run, Spread, Whole
 
 WEIGHTS = ".data"
 """What the name of the file with the weights has more."""
 
 
-class FromONNX:
+class FromONNX(ABC):
     """The part that backends which read the file share. `name` is also that of their package."""
 
     name: str
+
+    @abstractmethod
+    def load(self, file: Path, precision: Precision, threads: int, streams: int) -> Run:
+        """Loads the network, in a fraction of a second; `streams` batches at a time share the threads."""
 
     def version(self) -> str:
         """Of the library; ImportError where it is not installed."""
@@ -32,6 +37,14 @@ class FromONNX:
     def prepare(self, backbone: Backbone, place: Place) -> None:
         """Writes the file. Tracing the network catches what other threads compute with it meanwhile."""
         export(backbone, place.size, onnx_file(backbone, place).parent)
+
+    def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
+        """Loads the network. Where one batch has several threads, twice: to share layers, and to share out images."""
+        file, threads = onnx_file(backbone, place), place.threads
+        run, n_copies = self.load(file, backbone.precision, threads, place.streams), 1
+        if place.streams == 1 and threads > 1:
+            run, n_copies = Spread(run, self.load(file, backbone.precision, threads, streams=threads), threads), 2
+        return PreparedNetwork(self.name, backbone, place.size, run, n_copies * weights_bytes(file))
 
 
 def onnx_file(backbone: Backbone, place: Place) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from pathlib import Path
 
-from models.backbones import Backbone
-from models.backends.base import Place, PreparedNetwork
-from models.backends.onnx_file import FromONNX, onnx_file, weights_bytes
+import torch
+
+from models.backbones import Precision
+from models.backends.base import Run
+from models.backends.onnx_file import FromONNX
 
 
 class ONNXRuntime(FromONNX):
@@ -16,19 +17,14 @@ class ONNXRuntime(FromONNX):
     name = "onnxruntime"
     needs = "pip install 'unseen[onnx]'"
 
-    def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
-        """Loads the network; a fraction of a second."""
+    def load(self, file: Path, _precision: Precision, threads: int, streams: int) -> Run:
+        """A session; callers bring the streams, each of which runs in its own thread."""
         import onnxruntime
 
-        file = onnx_file(backbone, place)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = place.threads_a_batch  # callers bring the streams: each runs in its own thread
+        options.intra_op_num_threads = max(1, threads // streams)
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores, too
         options.log_severity_level = 3  # errors; these are raised as well
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         (entry,) = session.get_inputs()
-
-        def run(images: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {entry.name: images.contiguous().numpy()})[0])
-
-        return PreparedNetwork(self.name, backbone, place.size, run, weights_bytes(file))
+        return lambda images: torch.from_numpy(session.run(None, {entry.name: images.contiguous().numpy()})[0])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.backbones import Backbone
-from models.backends.base import Place, PreparedNetwork
-from models.backends.onnx_file import FromONNX, onnx_file, weights_bytes
+from models.backbones import Precision
+from models.backends.base import Run
+from models.backends.onnx_file import FromONNX
 
 
 class OpenVINO(FromONNX):
@@ -20,16 +21,14 @@ class OpenVINO(FromONNX):
     name = "openvino"
     needs = "pip install 'unseen[openvino]'"
 
-    def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
-        """Loads the network; a fraction of a second."""
-        file = onnx_file(backbone, place)
+    def load(self, file: Path, precision: Precision, threads: int, streams: int) -> Run:
+        """A compiled network."""
         options = {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[backbone.precision],
-            "INFERENCE_NUM_THREADS": place.threads,
-            "NUM_STREAMS": place.streams,
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": streams,
         }
-        compiled = _import_openvino().Core().compile_model(file, "CPU", options)
-        return PreparedNetwork(self.name, backbone, place.size, _Requests(compiled), weights_bytes(file))
+        return _Requests(_import_openvino().Core().compile_model(file, "CPU", options))
 
 
 class _Requests:

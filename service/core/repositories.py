@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, bindparam, func, select
 from sqlalchemy.orm import Session
 
+from service.core.db import Database
 from service.core.errors import Conflict, NotFound
 from service.core.tables import (
     Base,
@@ -249,25 +250,45 @@ class ClassifierState:
     version: int
 
 
-def classifier_state(session: Session, classifier_id: str) -> ClassifierState:
-    """Of one classifier; NotFound where there is none."""
-    columns = (
+_CLASSIFIER_STATE = (
+    select(
         Classifier.id, Classifier.method, Classifier.status, Classifier.job_id, Classifier.embedding_set_id,
         Classifier.knowledge_id, func.coalesce(EmbeddingSet.version, 0),
-    )  # fmt: skip
-    joined = select(*columns).outerjoin(EmbeddingSet, Classifier.embedding_set_id == EmbeddingSet.id)
-    found = session.execute(joined.where(Classifier.id == classifier_id)).first()
-    if found is None:
+    )
+    .outerjoin(EmbeddingSet, Classifier.embedding_set_id == EmbeddingSet.id)
+    .where(Classifier.id == bindparam("classifier_id"))
+)  # fmt: skip
+_READY = select(Classifier.id).where(Classifier.status == "ready")
+_NEWEST = _READY.order_by(Classifier.id.desc()).limit(1)
+_NEWEST_OF_METHOD = _NEWEST.where(Classifier.method == bindparam("method"))
+
+
+def classifier_state(session: Session, classifier_id: str) -> ClassifierState:
+    """Of one classifier; NotFound where there is none."""
+    return _state(classifier_id, session.execute(_CLASSIFIER_STATE, {"classifier_id": classifier_id}).first())
+
+
+def newest_classifier(session: Session) -> str | None:
+    """The id of the newest ready classifier."""
+    return session.scalars(_NEWEST).first()
+
+
+async def classifier_now(database: Database, classifier_id: str | None, method: str | None = None) -> ClassifierState:
+    """`classifier_state` of the one asked for, else of the newest ready one (of `method`), as fast as may be."""
+    if classifier_id is None:
+        query, values = (_NEWEST, {}) if method is None else (_NEWEST_OF_METHOD, {"method": method})
+        newest = await database.first(query, **values)
+        if newest is None:
+            of_method = f" of method {method!r}" if method else ""
+            raise NotFound(f"There is no ready classifier{of_method}; train one with POST /v1/classifiers.")
+        classifier_id = str(newest[0])
+    return _state(classifier_id, await database.first(_CLASSIFIER_STATE, classifier_id=classifier_id))
+
+
+def _state(classifier_id: str, row: Sequence[Any] | None) -> ClassifierState:
+    if row is None:
         raise _missing(Classifier, classifier_id)
-    return ClassifierState(*found)
-
-
-def newest_classifier(session: Session, method: str | None = None) -> str | None:
-    """The id of the newest ready classifier, of a method if one is given."""
-    query = select(Classifier.id).where(Classifier.status == "ready").order_by(Classifier.id.desc())
-    if method is not None:
-        query = query.where(Classifier.method == method)
-    return session.scalars(query.limit(1)).first()
+    return ClassifierState(*row)
 
 
 def measured_rate(session: Session, backbone: str) -> tuple[str, float] | None:

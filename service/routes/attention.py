@@ -73,7 +73,7 @@ async def attention(
     wants_picture = JPEG in request.headers.get("accept", "")
     if wants_picture and len(images.images) != 1:
         raise Invalid(f"A picture shows one image, and {len(images.images)} were sent; send one, or accept JSON.")
-    chosen = await run_in_threadpool(ready_classifier, parts, classifier_id)
+    chosen = await ready_classifier(parts, classifier_id)
     _, data = await ask(request, parts, parts.inference.look, {"classifier": chosen, **options.model_dump()}, images)
     if not wants_picture:
         return FastJSON({"classifier_id": chosen.id, "data": data})

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field, ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
 from service.answers import ClassifyOut, HuggingFaceRequest, Scope
@@ -114,7 +113,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 async def run(request: Request, parts: Parts, options: Options, images: ImageRequest) -> dict[str, Any]:
     """Asks the inference process and shapes its answer."""
-    chosen = await run_in_threadpool(ready_classifier, parts, options.classifier_id)
+    chosen = await ready_classifier(parts, options.classifier_id)
     asked = options.model_dump(exclude={"classifier_id", "min_score"}) | {"classifier": chosen}
     answer, data = await ask(request, parts, parts.inference.classify, asked, images)
     for item in data:

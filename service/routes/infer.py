@@ -6,7 +6,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
-from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
 from service.answers import InferOut
@@ -59,15 +58,15 @@ async def infer(
     images = await read_images(request, parts, given, Options.model_fields)
     options = validated(images.options, Options)
     names = options.class_names and list(validate_class_names(options.class_names, field="class_names"))
-    chosen = await run_in_threadpool(_chosen, parts, options.classifier_id)
+    chosen = await _chosen(parts, options.classifier_id)
     asked = options.model_dump(exclude={"classifier_id"}) | {"classifier": chosen, "class_names": names}
     _, data = await ask(request, parts, parts.inference.infer, asked, images)
     return FastJSON({"classifier_id": chosen.id, "tau": options.tau, "data": data})
 
 
-def _chosen(parts: Parts, classifier_id: str | None) -> ClassifierState:
+async def _chosen(parts: Parts, classifier_id: str | None) -> ClassifierState:
     """The PSR classifier asked for, or the newest ready one; others have no cosines to compare."""
-    found = ready_classifier(parts, classifier_id, METHOD)
+    found = await ready_classifier(parts, classifier_id, METHOD)
     if found.method != METHOD:
         raise Invalid(
             f"Classifier {found.id!r} is of method {found.method!r}; /v1/infer takes {METHOD!r}, whose scores are "

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from models.knowledge.names import validate_class_names
 from service.answers import PredictedImage, PredictionsCreate, PredictionsOut
@@ -41,13 +42,17 @@ def predictions_out(row: PredictionSet) -> dict[str, Any]:
     response_model=JobOut,
     responses={202: {"headers": JOB_HEADERS}, **documented(NotFound, Conflict)},
 )
-def create_predictions(body: PredictionsCreate, parts: PartsDep) -> Response:
+async def create_predictions(body: PredictionsCreate, parts: PartsDep) -> Response:
     """Classifies all images of a dataset in a job, however many; features that are there already are used."""
-    chosen = ready_classifier(parts, body.classifier_id)
+    chosen = await ready_classifier(parts, body.classifier_id)
+    return await run_in_threadpool(_create, body, parts, chosen.id)
+
+
+def _create(body: PredictionsCreate, parts: Parts, classifier_id: str) -> Response:
     names = body.class_names and list(validate_class_names(body.class_names, field="class_names"))
     with parts.database.write() as session:
         _require_images(repositories.get(session, Dataset, body.dataset_id))
-        if not repositories.get(session, Classifier, chosen.id).metrics.get("backbone"):
+        if not repositories.get(session, Classifier, classifier_id).metrics.get("backbone"):
             raise _invalid("/classifier_id", "The classifier was trained on precomputed features and reads no images.")
         known = {count.class_name for count in repositories.class_counts(session, body.dataset_id)}
         if not known:
@@ -58,7 +63,7 @@ def create_predictions(body: PredictionsCreate, parts: PartsDep) -> Response:
         row = PredictionSet(
             id=new_id("predictions"),
             name=body.name or "",
-            classifier_id=chosen.id,
+            classifier_id=classifier_id,
             dataset_id=body.dataset_id,
             request=request,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from service.core import process, tables
+from service.core import process, repositories, tables
 from service.core.db import Database, make_engine, utc_now
+from service.core.errors import NotFound
 from service.core.ids import PREFIXES, new_id
 from service.core.logging import redact
 from service.core.migrations import upgrade
@@ -62,6 +64,32 @@ def test_times_come_back_in_utc(database: Database) -> None:
         assert row is not None
         assert row.created_at == moment
         assert row.created_at.utcoffset() == timedelta(0)
+
+
+def test_a_hot_path_reads_what_is_committed_now_and_waits_for_no_writer(database: Database) -> None:
+    def add(classifier_id: str, method: str, status: str) -> tables.Classifier:
+        return tables.Classifier(id=classifier_id, name="x", dataset_id="ds_1", method=method, status=status)
+
+    async def read() -> None:
+        with pytest.raises(NotFound, match="no ready classifier of method 'psr'"):
+            await repositories.classifier_now(database, None, "psr")
+        with database.write() as session:
+            session.add(tables.Dataset(id="ds_1", name="x"))
+            session.flush()
+            session.add(add("cl_1", "psr", "ready"))
+            session.flush()
+            with pytest.raises(NotFound, match="no classifier 'cl_1'"):  # not committed yet
+                await repositories.classifier_now(database, "cl_1")
+        assert (await repositories.classifier_now(database, "cl_1")).id == "cl_1"
+        with database.write() as session:
+            session.add_all([add("cl_2", "sje", "ready"), add("cl_3", "sje", "failed")])
+        with database.read() as session:
+            expected = repositories.classifier_state(session, "cl_2")
+        assert await repositories.classifier_now(database, "cl_2") == expected
+        assert (await repositories.classifier_now(database, None)).id == "cl_2"
+        assert (await repositories.classifier_now(database, None, "psr")).id == "cl_1"
+
+    asyncio.run(read())
 
 
 def test_an_error_rolls_a_transaction_back(database: Database) -> None:
