@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ class Parts:
         return ImageLimits(max_bytes=self.settings.max_image_bytes, max_pixels=self.settings.max_image_pixels)
 
 
-def get_parts(request: Request) -> Parts:
+async def get_parts(request: Request) -> Parts:
     """The app's parts."""
     parts: Parts = request.app.state.parts
     return parts
@@ -64,8 +64,8 @@ class Paging:
         return {"data": list(items), "has_more": has_more, "next_cursor": cursor}
 
 
-def _paging(default: int) -> Callable[..., Paging]:
-    def get_paging(
+def _paging(default: int) -> Callable[..., Awaitable[Paging]]:
+    async def get_paging(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100, description="Items of one page.")] = default,
         cursor: Annotated[str | None, Query(max_length=2000, description="`next_cursor` of the page before.")] = None,
