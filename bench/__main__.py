@@ -1,4 +1,6 @@
-"""`python -m bench [name ...]`: runs the benchmarks and leaves their output in bench/out/<name>.{json,txt}.
+"""`python -m bench [name ...]`: runs the benchmarks and leaves what they found in bench/out/<name>.json and <name>.md.
+
+Each prints one JSON value to standard output, and tables to standard error.
 
 Without names: those that take minutes. `memory`, `jobs` and `events` start services of their own, `training` takes a
 quarter of an hour and `relations` an hour, so these must be named. Photos are the demo's pictures unless others are
@@ -11,6 +13,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -42,11 +45,12 @@ def main() -> int:
     n_failed = 0
     for name in names:
         print(f"== {name}", flush=True)
-        with (OUT / f"{name}.txt").open("w") as log:
-            command = [sys.executable, str(HERE / f"{name}.py")]
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE.parent, check=False)
-        print((OUT / f"{name}.txt").read_text())
-        n_failed += done.returncode != 0
+        command = [sys.executable, str(HERE / f"{name}.py")]
+        with (OUT / f"{name}.json").open("w") as found, (OUT / f"{name}.md").open("w") as told:
+            began = time.monotonic()
+            failed = subprocess.run(command, stdout=found, stderr=told, cwd=HERE.parent, check=False).returncode != 0
+        print((OUT / f"{name}.md").read_text(), f"({time.monotonic() - began:.0f} s{', FAILED' if failed else ''})\n")
+        n_failed += failed
     return n_failed
 
 

@@ -116,13 +116,13 @@ CHECKS = (
 
 
 def main() -> int:
-    """Prints a table; the number of ratios past their limits."""
-    print("| ratio | found | recorded | limit | |\n|---|---|---|---|---|")
+    """Prints JSON, and a table; the number of ratios past their limits."""
+    print("| ratio | found | recorded | limit | |\n|---|---|---|---|---|", file=sys.stderr)
     found = {}
     for check in CHECKS:
         found[check.name] = ratio = check.measure()
         verdict = "" if check.is_kept(ratio) else "PAST ITS LIMIT"
-        print(f"| {check.name} | {ratio:.2f} | {check.recorded:g} | {check.limit:g} | {verdict} |", flush=True)
+        print(f"| {check.name} | {ratio:.2f} | {check.recorded:g} | {check.limit:g} | {verdict} |", file=sys.stderr)
     print(json.dumps(found))
     return sum(not check.is_kept(found[check.name]) for check in CHECKS)
 

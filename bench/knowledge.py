@@ -7,7 +7,9 @@ python bench/knowledge.py --words 3000000 --binary      # the size of the Google
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -59,18 +61,26 @@ def main() -> None:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         disk = sum((Path(folder) / "index" / name).stat().st_size for name in INDEX_FILES)
-        print(f"file            {size / 1e6:,.0f} MB, {args.words:,} words x {args.dim}, binary={args.binary}")
-        print(f"index           {wall:.1f} s ({cpu:.1f} s CPU), {size / 1e6 / cpu:.0f} MB per CPU second")
-        print(f"index on disk   {disk / 1e6:,.0f} MB")
-        print(f"memory grew by  {grown:.0f} MiB at its peak")
-        time_lookups(Path(folder) / "index", args.words)
+        found = {
+            "words": args.words,
+            "dim": args.dim,
+            "binary": args.binary,
+            "file_mb": size / 1e6,
+            "index_mb": disk / 1e6,
+            "index_s": wall,
+            "index_cpu_s": cpu,
+            "memory_mib": grown,
+            **time_lookups(Path(folder) / "index", args.words),
+        }
+    print(json.dumps(found, indent=1))
+    print("\n".join(["| | |", "|---|---|", *(f"| {k} | {v:,.4g} |" for k, v in found.items())]), file=sys.stderr)
 
 
-def time_lookups(directory: Path, n_words: int) -> None:
-    """One-word, two-word and unknown names, 1,000 of each spread over the vocabulary."""
+def time_lookups(directory: Path, n_words: int) -> dict[str, float]:
+    """Milliseconds to open the index, and a name: one word, two words, and unknown ones, 1,000 over the vocabulary."""
     start = time.perf_counter()
     index = WordVectorIndex.open(directory)
-    print(f"open            {(time.perf_counter() - start) * 1e3:.1f} ms")
+    found = {"open_ms": (time.perf_counter() - start) * 1e3}
     every = max(1, n_words // 1000)
     known = [word for i, word in enumerate(words(n_words)) if i % every == 0][:1000]
     pairs = [f"{a}_{b}" for a, b in zip(known, reversed(known), strict=True)]
@@ -78,7 +88,8 @@ def time_lookups(directory: Path, n_words: int) -> None:
     for name, names in {"known": known, "two words": pairs, "with suggestions": typos}.items():
         start = time.perf_counter()
         index.lookup(names)
-        print(f"lookup          {(time.perf_counter() - start) / len(names) * 1e3:.3f} ms a name ({name})")
+        found[f"lookup_ms, {name}"] = (time.perf_counter() - start) / len(names) * 1e3
+    return found
 
 
 if __name__ == "__main__":

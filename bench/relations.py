@@ -234,9 +234,11 @@ def main() -> None:
             columns[f"{name}, {path.stem}"] = {
                 line: float(np.mean([table[line] for table in tables])) for line in tables[0]
             }
-    print("| class vectors | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    print(json.dumps(columns, indent=1))
+    table = ["| class vectors | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for line in next(iter(columns.values())):
-        print(f"| {line} | " + " | ".join(f"{column[line]:.1f}" for column in columns.values()) + " |")
+        table.append(f"| {line} | " + " | ".join(f"{column[line]:.1f}" for column in columns.values()) + " |")
+    print("\n".join(table), file=sys.stderr)
 
 
 if __name__ == "__main__":
