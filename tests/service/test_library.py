@@ -57,6 +57,8 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
     assert again is not None
     assert again.resident.backbone is first.backbone
     assert again.resident.class_names == ("zebra",)
+    assert library.competing_at_once(state, "unseen") is again  # so that requests for it are answered together
+    assert library.competing(state, "unseen", None) is again
     assert not isinstance(first.backbone, Faster)
     prepared.set()
     deadline = time.monotonic() + 20
