@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from models.backbones import Backbone, BackboneView, ToMap, create_backbone
-from models.base import IntArray
+from models.base import IntArray, LabelledFeatures
 from models.errors import InvalidInput
 
 
@@ -74,6 +74,13 @@ class Tail(nn.Module):
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"The saved network's last layers cannot be told: {error}. Train it again.") from error
         return Trunk(create_backbone(network, weights=None), size, share).tail()
+
+
+@dataclass(frozen=True)
+class TrunkFeatures(LabelledFeatures):
+    """What a trunk made of images, (n_images, trunk_dim), with the `tail` it enters, for a method that trains that."""
+
+    tail: Tail = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from models.backbone_parts import Tail
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
@@ -59,11 +56,9 @@ class LabelledFeatures:
     """One feature vector an image: (n_images, feature_dim), with `labels` (n_images,) into `class_names`.
 
     channels: where a vector is a feature map, place after place: the numbers of one place. None: it is pooled.
-    tail: where a vector is what enters a network's last layers: those layers, for a method that trains them.
     """
 
     features: FloatArray
     labels: IntArray
     class_names: tuple[str, ...]
     channels: int | None = None
-    tail: Tail | None = None

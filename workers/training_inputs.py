@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from models.backbone_parts import Trunk
+from models.backbone_parts import Trunk, TrunkFeatures
 from models.base import FloatArray, LabelledFeatures
 from models.data.splits import validation_classes
 from models.embedding.class_embedder import ClassEmbedder
@@ -158,14 +159,16 @@ def image_tables(context: TaskContext, inputs: Inputs, device: str) -> ImageTabl
     _require_memory(context, inputs, len(rows.train), len(everything) - len(rows.train), network.feature_dim)
     table = image_features(context, contents, network, whole_image(size), phase="image_features")
     channels = getattr(network, "channels", None)
-    tail = network.tail() if isinstance(network, Trunk) else None
+    kind: Callable[..., LabelledFeatures] = LabelledFeatures
+    if isinstance(network, Trunk):
+        kind = partial(TrunkFeatures, tail=network.tail())
     bounds = np.cumsum([len(rows.train), len(rows.test_seen), len(rows.test_unseen)])
     group = np.searchsorted(bounds, table.image_index, side="right")
     labels = class_numbers([everything[i] for i in table.image_index], names)
 
     def part(k: int, classes: tuple[str, ...]) -> LabelledFeatures:
         features = np.asarray(table.features[group == k], dtype=np.float32)
-        return LabelledFeatures(features, labels[group == k], classes, channels, tail)
+        return kind(features, labels[group == k], classes, channels)
 
     train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
     about = describe_backbone(params, backbone)

@@ -137,13 +137,26 @@ class PatchClustering:
 
     def save(self, directory: Path) -> None:
         """Writes heads, feature standardisation and class embeddings (safetensors) and everything else (JSON)."""
-        self._fitted_heads()
-        save_heads(self, directory)
+        heads = self._fitted_heads()
+        about = {
+            "params": self.params.model_dump(),
+            "seed": self.seed,
+            "class_names": list(self.class_names_),
+            "best_epoch": self.best_epoch_,
+            "history": self.history_,
+            "report": self.report_.to_json(),
+        }
+        save_heads(directory, heads, self.class_embeddings_, self.backbone_, about)
 
     @classmethod
     def load(cls, directory: Path, *, device: str = "cpu") -> PatchClustering:
         """What `save` wrote."""
-        return load_heads(cls, directory, device)
+        heads, class_embeddings, backbone, about = load_heads(directory)
+        model = cls(ClusteringParams(**about["params"]), seed=about["seed"], device=device)
+        model.heads_, model.class_embeddings_, model.backbone_ = heads.to(device), class_embeddings, backbone
+        model.class_names_, model.best_epoch_ = tuple(about["class_names"]), about["best_epoch"]
+        model.history_, model.report_ = about["history"], ClusterReport.from_json(about["report"])
+        return model
 
     def _fitted_heads(self) -> ClusterHeads:
         if not hasattr(self, "heads_"):

@@ -1,13 +1,15 @@
 """Exact nearest neighbours of every patch, mined once before training (VGSE Eq. 2; SCAN's practice).
 
-Blocked matrix products with running lists of the nearest, so that the n x n distances never exist. A block is read
-once, for the minima of groups of its columns; only the groups with the least are looked into. Where the device has fast
-bfloat16 the products are bfloat16 and only propose candidates: distances are then recomputed in float32, and a row
-whose candidates might miss a true neighbour (judged by its own measured rounding error) is searched again in float32.
+Blocked matrix products with running lists of the nearest, so that the n x n distances never exist. A block of distances
+is computed once and serves the rows on both of its sides: it is read for the minima of groups, and only the groups with
+the least are looked into. Where the device has fast bfloat16 the products are bfloat16 and only propose candidates:
+distances are then recomputed in float32, and a row whose candidates might miss a true neighbour (judged by its own
+measured rounding error) is searched again in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,15 +21,13 @@ from models.embedding.rows import CachedRows, blocks, feature_statistics
 from models.errors import InvalidInput, TooFewSamples
 from models.precision import has_fast_bf16
 
-QUERY_ROWS = 4096
-KEY_ROWS = 8192
-PRODUCT_ROWS = 1024  # queries whose distances to a block of keys exist at a time
+PRODUCT_ROWS = 4000  # at most, on both sides; columns a power of two apart would share few places of the caches
 CONVERTED_ROWS = 128  # a thread; with their float32 copies they fit the cache
 RERANK_ROWS = 32  # a thread; fewer would fit the cache, but threads then wait for each other more often
 THREADS_OF_GPU = 8  # so many threads' rows at a time
 ORIGIN_ROWS = 1024
 ALIGNMENT = 8  # columns, for a GPU's matrix units
-GROUP = 16
+GROUP = 8
 SPARE_CANDIDATES = 8
 SAFETY_DEVIATIONS = 6.0
 HELD_BYTES = 4 << 30
@@ -75,8 +75,8 @@ def nearest_neighbours(
 
     features: (P, D), may be a memory map. `n_neighbors` is clipped to P - 1. Equal rows are neighbours at distance 0;
     only the row itself is left out. `use_bf16`: None decides by the device. Memory: blocks; on a GPU also the rows,
-    HELD_BYTES at most. Raises TooFewSamples (fewer than 2 rows), InvalidInput (NaN, squares beyond float32,
-    n_neighbors < 1).
+    HELD_BYTES at most, and 8 bytes for each of a row's candidates. Raises TooFewSamples (fewer than 2 rows),
+    InvalidInput (NaN, squares beyond float32, n_neighbors < 1).
     """
     if n_neighbors < 1:
         raise InvalidInput(f"n_neighbors must be at least 1, not {n_neighbors}.", field="n_neighbors")
@@ -84,10 +84,7 @@ def nearest_neighbours(
         raise TooFewSamples(f"Neighbours need at least 2 patches, the table has {len(features)}.")
     bf16 = has_fast_bf16(device) if use_bf16 is None else use_bf16
     search = _Search(features, min(n_neighbors, len(features) - 1), device, bf16)
-    index = torch.empty((len(features), search.k), dtype=torch.int64, device=device)
-    for query in blocks(len(features), QUERY_ROWS):
-        index[query] = search.neighbours(query)
-        on_progress(Progress("neighbours", query.stop, len(features)))
+    index = search.index(on_progress)
     return NeighbourLists(index, torch.full((len(index),), search.k, device=device))
 
 
@@ -99,81 +96,93 @@ class _Search:
     def __init__(self, features: FloatArray, k: int, device: str, bf16: bool) -> None:
         self.rows = CachedRows(features, device=device, resident_bytes=HELD_BYTES)
         self.n_rows, self.dim = features.shape
-        self.width = _up(self.dim + 2, ALIGNMENT)
+        self.width = _up(self.dim + 4, ALIGNMENT)
         self.k, self.device = k, device
+        self.n_candidates = min(k + SPARE_CANDIDATES, self.n_rows - 1)
+        self.block_rows = -(-self.n_rows // -(-self.n_rows // PRODUCT_ROWS))  # blocks of one size
         n_threads = torch.get_num_threads() if device == "cpu" else THREADS_OF_GPU
         self.converted_rows, self.rerank_rows = n_threads * CONVERTED_ROWS, n_threads * RERANK_ROWS
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype = torch.bfloat16 if bf16 and self.n_candidates < self.n_rows - 1 else torch.float32
         # distances do not change with the origin, and rounding errors are least near a mean: some rows' will do
         some = torch.arange(0, len(features), -(-len(features) // ORIGIN_ROWS), device=device)
         self.origin = self.rows.rows(some).mean(dim=0)
         self.norms = torch.empty(len(features), device=device)
         for block in blocks(len(features), self.converted_rows):
             self.norms[block] = self.exact(block).square_().sum(dim=1)
-        if not bool((self.norms < torch.finfo(torch.bfloat16).max / 8).all()):
+        if not bool((self.norms < torch.finfo(torch.bfloat16).max / 16).all()):
             feature_statistics(features)  # says which row
             raise InvalidInput("Patch features are too large for distances in float32.", field="features")
+        # bfloat16 is finest near 0: there its distances, less this, are for the nearest of most rows
+        self.level = self.norms.median()
 
     def exact(self, rows: slice | Tensor) -> Tensor:
         """Centred float32 rows."""
         return self.rows.rows(rows).sub_(self.origin)
 
-    def neighbours(self, query: slice) -> Tensor:
-        numbers = torch.arange(query.start, query.stop, device=self.device)
-        n_candidates = min(self.k + SPARE_CANDIDATES, self.n_rows - 1)
-        approximate, candidates = self.propose(numbers, n_candidates, self.dtype)
-        exact = self.distances(numbers, candidates)
-        index = self.nearest(candidates, exact)
-        if n_candidates < self.n_rows - 1 and self.dtype != torch.float32:
-            doubtful = self.may_miss(approximate + self.norms[numbers, None], exact)
-            if bool(doubtful.any()):
+    def index(self, on_progress: OnProgress) -> Tensor:
+        """(P, k) neighbours of each row, nearest first."""
+        index = torch.empty((self.n_rows, self.k), dtype=torch.int64, device=self.device)
+        found = self.nothing_found(self.n_rows)
+        for query in blocks(self.n_rows, self.block_rows):
+            numbers = torch.arange(query.start, query.stop, device=self.device)
+            for key, products in self.products(numbers, query.start, self.dtype):
+                _find(found[query], products[: len(numbers)], key.start)
+                if key != query:
+                    _find(found[key], products[:, : key.stop - key.start].T, query.start)
+            index[query], doubtful = self.nearest(numbers, found[query])
+            if self.dtype == torch.bfloat16 and bool(doubtful.any()):
                 again = numbers[doubtful]
-                _, candidates = self.propose(again, n_candidates, torch.float32)
-                index[doubtful] = self.nearest(candidates, self.distances(again, candidates))
+                found_again = self.nothing_found(len(again))
+                for key, products in self.products(again, 0, torch.float32):
+                    _find(found_again, products[: len(again)], key.start)
+                index[again], _ = self.nearest(again, found_again)
+            on_progress(Progress("neighbours", query.stop, self.n_rows))
         return index
 
-    def queries(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        """(Q, W) whose products with `keys` are squared distances less the query's own norm."""
-        result = torch.empty((len(numbers), self.width), dtype=dtype, device=self.device)
-        for part in blocks(len(numbers), self.converted_rows):
-            result[part, : self.dim] = self.exact(numbers[part]).mul_(-2)
-        result[:, self.dim :] = 1
-        return result
+    def nothing_found(self, n_rows: int) -> Tensor:
+        return torch.full((n_rows, self.n_candidates), torch.inf, dtype=torch.float64, device=self.device)
 
-    def keys(self, block: slice, dtype: torch.dtype) -> Tensor:
-        """(K, W): the rows, and their norms in two columns, as one bfloat16 is too coarse. K is padded to whole
-        groups, with rows farther than any.
+    def products(self, numbers: Tensor, first_row: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows from `first_row` on, and (Q, K) squared distances of the rows `numbers` from them.
+
+        In bfloat16 they are less by `level`. Q and K are padded to whole groups, with rows farther than any; so far is
+        a row from itself. Each block's products lie where the last one's did.
         """
-        n_rows = block.stop - block.start
-        result = torch.empty((_up(n_rows, GROUP), self.width), dtype=dtype, device=self.device)
-        for part in blocks(n_rows, self.converted_rows):
-            result[part, : self.dim] = self.exact(slice(block.start + part.start, block.start + part.stop))
-        result[n_rows:, : self.dim] = 0
-        norms = result[:, self.dim :].zero_()
-        coarse = self.norms[block].to(dtype)
-        norms[:n_rows, 0], norms[:n_rows, 1] = coarse, self.norms[block] - coarse
-        norms[n_rows:, 0] = torch.finfo(dtype).max
+        queries = self.factor(numbers, dtype)
+        queries[:, : self.dim] *= -2
+        extra = queries[:, self.dim : self.dim + 4]
+        extra.copy_(extra.roll(2, dims=1))  # norms meet ones, and ones norms
+        room = torch.empty(len(queries) * _up(self.block_rows, GROUP), dtype=dtype, device=self.device)
+        for start in range(first_row, self.n_rows, self.block_rows):
+            key = slice(start, min(start + self.block_rows, self.n_rows))
+            keys = self.factor(key, dtype)
+            products = room[: len(queries) * len(keys)].view(len(queries), len(keys))
+            torch.mm(queries, keys.T, out=products)
+            inside = ((numbers >= key.start) & (numbers < key.stop)).nonzero()[:, 0]
+            products[inside, numbers[inside] - key.start] = torch.finfo(dtype).max
+            yield key, products
+
+    def factor(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """(R, W): the rows, their norms in two columns, as one bfloat16 is too coarse, and two columns of ones."""
+        norms = self.norms[rows] - (self.level / 2 if dtype == torch.bfloat16 else 0)
+        result = torch.zeros((_up(len(norms), GROUP), self.width), dtype=dtype, device=self.device)
+        for part in blocks(len(norms), self.converted_rows):
+            some = slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+            result[part, : self.dim] = self.exact(some)
+        extra = result[:, self.dim :]
+        extra[: len(norms), 0] = norms.to(dtype)
+        extra[: len(norms), 1] = norms - extra[: len(norms), 0]
+        extra[len(norms) :, 0] = torch.finfo(dtype).max / 2
+        extra[:, 2:4] = 1
         return result
 
-    def propose(self, numbers: Tensor, n_candidates: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(Q, m) squared distances less the query's own norm, and rows (ascending), of the nearest m."""
-        queries = self.queries(numbers, dtype)
-        found = torch.full((len(numbers), n_candidates), torch.inf, dtype=torch.float64, device=self.device)
-        n_products = min(PRODUCT_ROWS, len(numbers)) * _up(min(KEY_ROWS, self.n_rows), GROUP)
-        room = torch.empty(n_products, dtype=dtype, device=self.device)
-        for block in blocks(self.n_rows, KEY_ROWS):
-            keys = self.keys(block, dtype)
-            for part in blocks(len(numbers), PRODUCT_ROWS):
-                own = numbers[part]
-                distances = room[: len(own) * len(keys)].view(len(own), len(keys))
-                torch.mm(queries[part], keys.T, out=distances)
-                inside = (own >= block.start) & (own < block.stop)
-                distances[inside.nonzero()[:, 0], own[inside] - block.start] = torch.finfo(dtype).max
-                nearest = _nearest(distances, n_candidates, block.start)
-                found[part] = _least(torch.cat([found[part], nearest], dim=1), n_candidates)
-        values, rows = _values_and_rows(found)
-        rows, order = rows.sort(dim=1)
-        return values.gather(1, order), rows
+    def nearest(self, numbers: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q, k) nearest of the rows found, by exact distance (ties: the lower row first), and (Q,) what `may_miss`."""
+        believed, candidates = _values_and_rows(found)
+        candidates, order = candidates.sort(dim=1)
+        exact = self.distances(numbers, candidates)
+        index = candidates.gather(1, exact.argsort(dim=1, stable=True)[:, : self.k])
+        return index, self.may_miss(believed.gather(1, order) + self.level, exact)
 
     def distances(self, numbers: Tensor, candidates: Tensor) -> Tensor:
         """(Q, m) exact squared distances."""
@@ -183,10 +192,6 @@ class _Search:
             rows.sub_(self.rows.rows(numbers[part])[:, None, :])
             torch.linalg.vector_norm(rows, dim=2, out=result[part])
         return result.square_()
-
-    def nearest(self, candidates: Tensor, exact: Tensor) -> Tensor:
-        """(Q, k) candidates (ascending) by distance; ties: the lower row first."""
-        return candidates.gather(1, exact.argsort(dim=1, stable=True)[:, : self.k])
 
     def may_miss(self, believed: Tensor, exact: Tensor) -> Tensor:
         """(Q,) rows where a row outside the candidates could be nearer than the k-th found.
@@ -203,18 +208,22 @@ def _up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _nearest(distances: Tensor, count: int, first_row: int) -> Tensor:
-    """(Q, up to count) numbered distances of the least `count` columns.
+def _find(found: Tensor, distances: Tensor, first_row: int) -> None:
+    """Keeps in `found` (Q, m) the least of it and of the numbered `distances` (Q, K).
 
-    These lie in the `count` groups of columns whose minima are least: all else is read once, for the minima. A group
-    is every n-th column, which reduces faster than columns side by side.
+    These lie in the m groups of columns whose minima are least: all else is read once, for the minima. A group is
+    every n-th column, which reduces faster than columns side by side. `distances` may be a transpose: memory is read in
+    its own order.
     """
+    count = found.shape[1]
     groups = distances.view(len(distances), GROUP, -1)
+    minima = torch.amin(groups, 1, out=torch.empty_like(groups[:, 0]))  # of the same order of dimensions
     column = torch.arange(groups.shape[2], device=distances.device)
-    _, chosen = _values_and_rows(_least(_numbered(groups.amin(dim=1), column), count))
+    _, chosen = _values_and_rows(_least(_numbered(minima, column).contiguous(), count))
     values = groups.gather(2, chosen[:, None].expand(-1, GROUP, -1))
     first = torch.arange(GROUP, device=distances.device)[:, None] * len(column) + first_row
-    return _least(_numbered(values, chosen[:, None] + first).flatten(1), count)
+    nearest = _least(_numbered(values, chosen[:, None] + first).flatten(1), count)
+    found[:] = _least(torch.cat([found, nearest], dim=1), count)
 
 
 def _numbered(values: Tensor, rows: Tensor) -> Tensor:

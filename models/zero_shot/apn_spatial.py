@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.backbone_parts import Tail
+from models.backbone_parts import Tail, TrunkFeatures
 from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress, Progress
 from models.errors import InvalidInput, ShapeMismatch
 from models.params import Params
@@ -84,7 +84,7 @@ class PrototypeNetwork(nn.Module):
 
 
 class APNSpatial(GradientModel):
-    """Scores are v . phi(c). Takes feature maps (`LabelledFeatures.channels`), in mode finetune a trunk's (`tail`)."""
+    """Scores are v . phi(c). Takes feature maps (`channels` tells their places), in mode finetune `TrunkFeatures`."""
 
     method: ClassVar[str] = "apn_spatial"
     params_class: ClassVar[type[Params]] = APNSpatialParams
@@ -201,7 +201,8 @@ class APNSpatial(GradientModel):
         validation_embeddings: FloatArray | EmbeddingsOf | None,
     ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
         prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
-        self._tail = features.tail if self.params.mode == "finetune" else None
+        given = features.tail if isinstance(features, TrunkFeatures) else None
+        self._tail = given if self.params.mode == "finetune" else None
         self._channels = _checked_channels(features, self._tail, self.params.mode)
         _group_rows(self.params.attribute_groups, prepared[1].shape[1], "cpu")
         return prepared

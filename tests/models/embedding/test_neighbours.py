@@ -38,9 +38,7 @@ def test_equals_the_plain_rewrite() -> None:
 def test_recall_is_one_against_brute_force_also_far_from_the_origin(
     use_bf16: bool, offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "QUERY_ROWS", 128)
-    monkeypatch.setattr(module, "KEY_ROWS", 100)
-    monkeypatch.setattr(module, "PRODUCT_ROWS", 50)
+    monkeypatch.setattr(module, "PRODUCT_ROWS", 130)
     monkeypatch.setattr(module, "CONVERTED_ROWS", 30)
     features = _clustered(600, 48, offset=offset)
     found = nearest_neighbours(features, 10, use_bf16=use_bf16).index.numpy()

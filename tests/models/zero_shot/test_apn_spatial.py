@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from models.backbone_parts import Trunk
+from models.backbone_parts import Trunk, TrunkFeatures
 from models.backbones import create_backbone
 from models.base import FloatArray, LabelledFeatures, OnProgress, Progress, ignore_progress
 from models.errors import Cancelled, InvalidInput, NotFitted, ShapeMismatch
@@ -63,9 +63,9 @@ def photos(images: int = 5) -> MadeUp:
         features = trunk().features(torch.from_numpy(pixels)).numpy()
     names, seen, tail = tuple(f"class {i}" for i in range(16)), labels < 12, trunk().tail()
     return MadeUp(
-        LabelledFeatures(features[seen], labels[seen], names[:12], tail=tail),
+        TrunkFeatures(features[seen], labels[seen], names[:12], tail=tail),
         embeddings[:12],
-        LabelledFeatures(features[~seen], labels[~seen] - 12, names[12:], tail=tail),
+        TrunkFeatures(features[~seen], labels[~seen] - 12, names[12:], tail=tail),
         embeddings[12:],
     )
 
@@ -228,9 +228,7 @@ def test_attention_is_where_the_prototypes_of_the_class_answer() -> None:
 
 def test_the_tail_learns_after_the_warm_up_and_only_then() -> None:
     data = photos()
-    tail = photos().train.tail
-    assert tail is not None
-    start = {name: tensor.numpy() for name, tensor in tail.state_dict().items()}
+    start = {name: tensor.numpy() for name, tensor in trunk().tail().state_dict().items()}
     for epochs, is_changed in ((3, False), (5, True)):
         settings = params(**{**TUNED, "epochs": epochs, "warmup_epochs": 3, "early_stopping": False})
         state = APNSpatial(settings).fit(data.train, data.seen_embeddings)._state()
@@ -254,8 +252,8 @@ def test_fine_tuning_fits_seen_classes_better_and_recognises_unseen_ones() -> No
 
 def test_the_given_tail_is_never_changed_and_seeds_decide() -> None:
     data = photos()
+    assert isinstance(data.train, TrunkFeatures)
     tail = data.train.tail
-    assert tail is not None
     before = {name: tensor.clone() for name, tensor in tail.state_dict().items()}
     again = APNSpatial(params(**TUNED)).fit(data.train, data.seen_embeddings, validation_classes=VALIDATION)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tail.state_dict().items())
@@ -321,6 +319,7 @@ def test_steps_of_fine_tuning_are_told_so_that_a_cancel_need_not_wait() -> None:
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
     data = photos()
+    narrow = replace(data.train, features=data.train.features[:, 1:])
     with pytest.raises(InvalidInput, match="these features are pooled"):
         APNSpatial().fit(replace(DATA.train, channels=None), DATA.seen_embeddings)
     with pytest.raises(ShapeMismatch, match="no multiple of 5 channels"):
@@ -328,7 +327,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InvalidInput, match="only features are given"):
         APNSpatial(params(mode="finetune")).fit(DATA.train, DATA.seen_embeddings)
     with pytest.raises(ShapeMismatch, match="not what the network's last layers take"):
-        APNSpatial(params(mode="finetune")).fit(replace(DATA.train, tail=data.train.tail), DATA.seen_embeddings)
+        APNSpatial(params(mode="finetune")).fit(narrow, data.seen_embeddings)
     with pytest.raises(ShapeMismatch, match="3 numbers and class embeddings have 8"):
         APNSpatial(params(attribute_groups=(0, 1, 1))).fit(DATA.train, DATA.seen_embeddings)
     with pytest.raises(ValidationError, match="'normalize' must be 'none'"):
