@@ -42,9 +42,10 @@ from service.submit import current_job
 
 DESCRIPTION = "Class embeddings, and zero-shot classification, for classes you have no pictures of."
 ROUTERS = (
-    datasets, uploads, knowledge, embedding_sets, embeddings, classifiers, classify, predictions, attention, infer,
+    classify, embeddings, datasets, uploads, knowledge, embedding_sets, classifiers, predictions, attention, infer,
     jobs, system,
 )  # fmt: skip
+"""Those asked most come first: a request tries them in turn."""
 
 
 def make_parts(settings: Settings) -> Parts:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import orjson
-from fastapi import Query, Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import nearest_names
 from service.core import repositories
@@ -20,23 +20,21 @@ from service.problems import invalid
 from service.uploads import content_type_of, file_fields, filename_of, multipart
 
 Send = Callable[[dict[str, Any], Sequence[bytes]], Awaitable[dict[str, Any]]]
-Options = TypeVar("Options", bound=BaseModel)
 MAX_TIMEOUT_S = 600.0
-Timeout = Annotated[
-    float | None,
-    Query(
-        gt=0,
-        le=MAX_TIMEOUT_S,
-        description="Seconds within which the answer is of use, else 504.",
-    ),
-]
+LISTS = ("class_names",)
+"""Options that are lists."""
 
 
 class ImageOptions(BaseModel):
-    """What every request with images may say beside them."""
+    """What every request with images may say beside them, in the query or, with multipart, in the form."""
 
     model_config = ConfigDict(extra="forbid")
-    timeout_s: Timeout = None
+    timeout_s: float | None = Field(
+        None, gt=0, le=MAX_TIMEOUT_S, description="Seconds within which the answer is of use, else 504."
+    )
+
+
+Options = TypeVar("Options", bound=ImageOptions)
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,46 @@ class ImageRequest:
     options: dict[str, Any]
 
 
-def image_body(options: type[BaseModel], json: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What OpenAPI says of a body with images and `options`; `json`: the schema of one that is an object instead."""
+def image_operation(options: type[ImageOptions], json: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What OpenAPI says of a request with images and `options`; `json`: the schema of a body that is an object."""
     binary = {"type": "string", "format": "binary"}
-    properties = {"images": {"type": "array", "items": binary}, **options.model_json_schema()["properties"]}
+    fields = options.model_json_schema()["properties"]
     schemas = {
-        "multipart/form-data": {"type": "object", "required": ["images"], "properties": properties},
+        "multipart/form-data": {
+            "type": "object",
+            "required": ["images"],
+            "properties": {"images": {"type": "array", "items": binary}, **fields},
+        },
         "image/*": binary,
     }
     if json is not None:
         schemas["application/json"] = json
+    parameters = []
+    for name, field in fields.items():
+        schema = dict(field)
+        described = {"description": schema.pop("description")} if "description" in field else {}
+        parameters.append({"name": name, "in": "query", "required": False, **described, "schema": schema})
     content = {media_type: {"schema": schema} for media_type, schema in schemas.items()}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"parameters": parameters, "requestBody": {"required": True, "content": content}}
 
 
-def stated(**options: Any) -> dict[str, Any]:
-    """The options that the query states."""
-    return {name: value for name, value in options.items() if value is not None}
+def in_query(request: Request, options: type[ImageOptions]) -> dict[str, Any]:
+    """The `options` that the query states, unchecked. Invalid for names that are none."""
+    query = request.query_params
+    _require_known(query.keys(), options, "/query")
+    return {name: query.getlist(name) if name in LISTS else query[name] for name in query}
+
+
+def _require_known(names: Iterable[str], options: type[ImageOptions], where: str) -> None:
+    known = list(options.model_fields)
+    for name in names:
+        if name not in known:
+            near = nearest_names(name, known)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise Invalid(
+                f"There is no option {name!r}.{hint} Options are {', '.join(known)}.",
+                problems=[Problem(f"{where}/{name}", "unknown option")],
+            )
 
 
 def validated(options: dict[str, Any], kind: type[Options]) -> Options:
@@ -75,11 +96,13 @@ def validated(options: dict[str, Any], kind: type[Options]) -> Options:
         raise invalid(error.errors(), kind) from None
 
 
-async def read_images(request: Request, parts: Parts, given: dict[str, Any], fields: Iterable[str]) -> ImageRequest:
-    """The request's images; options of the form (`fields`) go before those `given` in the query."""
+async def read_images(
+    request: Request, parts: Parts, given: dict[str, Any], options: type[ImageOptions]
+) -> ImageRequest:
+    """The request's images; `options` of the form go before those `given` in the query."""
     content_type = content_type_of(request)
     if content_type == "multipart/form-data":
-        return await _read_form(request, parts, given, fields)
+        return await _read_form(request, parts, given, options)
     if content_type.startswith("image/") or content_type == "application/octet-stream":
         data = await request.body()
         if not data:
@@ -91,30 +114,26 @@ async def read_images(request: Request, parts: Parts, given: dict[str, Any], fie
     )
 
 
-async def _read_form(request: Request, parts: Parts, given: dict[str, Any], fields: Iterable[str]) -> ImageRequest:
-    options = dict(given)
+async def _read_form(
+    request: Request, parts: Parts, given: dict[str, Any], options: type[ImageOptions]
+) -> ImageRequest:
+    stated = dict(given)
     async with multipart(request, parts.settings) as form:
         files = file_fields(form, "images", "images[]", "image", "files", "file")
-        for name in fields:
-            values = [v for v in (*form.getlist(name), *form.getlist(f"{name}[]")) if isinstance(v, str)]
-            if values:
-                options[name] = _list_field(values) if name == "class_names" else values[-1]
-        known = list(fields)
+        texts: dict[str, list[str]] = {}
         for name, value in form.multi_items():
-            if isinstance(value, str) and name.removesuffix("[]") not in known:
-                near = nearest_names(name, known)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise Invalid(
-                    f"There is no option {name!r}.{hint} Options are {', '.join(known)}.",
-                    problems=[Problem(f"/{name}", "unknown option")],
-                )
+            if isinstance(value, str):
+                texts.setdefault(name.removesuffix("[]"), []).append(value)
+        _require_known(texts, options, "")
+        for name, values in texts.items():
+            stated[name] = _list_field(values) if name in LISTS else values[-1]
         if not files:
             raise Invalid("The form holds no images; send them in the field 'images'.")
         if len(files) > parts.settings.max_classify_images:
             raise TooLarge(
                 f"{len(files)} images; one request takes at most {parts.settings.max_classify_images}. Send several."
             )
-        return ImageRequest([await file.read() for file in files], [filename_of(file) for file in files], options)
+        return ImageRequest([await file.read() for file in files], [filename_of(file) for file in files], stated)
 
 
 async def ask(

@@ -23,7 +23,9 @@ class ONNXRuntime(FromONNX):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = max(1, threads // streams)
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores, too
+        # Threads that share a layer wait awake, but not between batches: sleeping at each layer's end takes a single
+        # image half as long again, and more of the processor's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors; these are raised as well
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         (entry,) = session.get_inputs()

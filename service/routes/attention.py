@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from PIL import Image
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
@@ -19,12 +19,11 @@ from service.core.errors import Conflict, Invalid, NotFound, TooLarge, TooLate, 
 from service.deps import Parts, PartsDep
 from service.image_requests import (
     ImageOptions,
-    Timeout,
     ask,
-    image_body,
+    image_operation,
+    in_query,
     read_images,
     ready_classifier,
-    stated,
     validated,
 )
 from service.json import FastJSON
@@ -37,8 +36,8 @@ JPEG = "image/jpeg"
 class Options(ImageOptions):
     """What an attention request may say beside its images."""
 
-    class_name: str | None = Field(None, max_length=500)
-    top_k: int = Field(8, ge=1, le=1000)
+    class_name: str | None = Field(None, max_length=500, description="Look for this class; default: the likeliest.")
+    top_k: int = Field(8, ge=1, le=1000, description="Dimensions to show, the loudest first.")
 
 
 @router.post(
@@ -48,24 +47,14 @@ class Options(ImageOptions):
         200: {"content": {JPEG: {"schema": {"type": "string", "format": "binary"}}}},
         **documented(NotFound, Conflict, TooLarge, UnsupportedMedia, TooLate),
     },
-    openapi_extra=image_body(Options),
+    openapi_extra=image_operation(Options),
 )
-async def attention(
-    classifier_id: str,
-    request: Request,
-    parts: PartsDep,
-    class_name: Annotated[
-        str | None, Query(max_length=500, description="Look for this class; default: the likeliest.")
-    ] = None,
-    top_k: Annotated[int | None, Query(ge=1, le=1000, description="Dimensions to show, the loudest first.")] = None,
-    timeout_s: Timeout = None,
-) -> Response:
+async def attention(classifier_id: str, request: Request, parts: PartsDep) -> Response:
     """Where the classifier looks in images: all dimensions together, and those that speak loudest for the class.
 
     Answers numbers, or, to `Accept: image/jpeg` and one image, a picture with the maps laid over it.
     """
-    given = stated(class_name=class_name, top_k=top_k, timeout_s=timeout_s)
-    images = await read_images(request, parts, given, Options.model_fields)
+    images = await read_images(request, parts, in_query(request, Options), Options)
     options = validated(images.options, Options)
     if options.class_name is not None:
         (name,) = validate_class_names([options.class_name], field="class_name")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import Field, ValidationError
 
 from models.knowledge.names import validate_class_names
@@ -16,12 +16,11 @@ from service.deps import Parts, PartsDep
 from service.image_requests import (
     ImageOptions,
     ImageRequest,
-    Timeout,
     ask,
-    image_body,
+    image_operation,
+    in_query,
     read_images,
     ready_classifier,
-    stated,
     validated,
 )
 from service.json import FastJSON
@@ -35,51 +34,31 @@ router = APIRouter(prefix="/v1/classify", tags=["classify"])
 class Options(ImageOptions):
     """What a classify request may say beside its images."""
 
-    classifier_id: str | None = Field(None, max_length=40)
-    scope: Scope = "all"
-    class_names: list[str] | None = None
+    classifier_id: str | None = Field(None, max_length=40, description="Default: the newest ready one.")
+    scope: Scope = Field("all", description="Which classes compete.")
+    class_names: list[str] | None = Field(None, description="Only these compete; new names are predicted.")
     top_k: int = Field(5, ge=1, le=100_000)
-    gamma: float | None = Field(None, allow_inf_nan=False)
-    explain: bool = False
-    min_score: float | None = Field(None, ge=0, le=1)
+    gamma: float | None = Field(
+        None, allow_inf_nan=False, description="Handicap of seen classes; default: chosen in training."
+    )
+    explain: bool = Field(False, description="Add contributing seen classes.")
+    min_score: float | None = Field(
+        None, ge=0, le=1, description="Abstain (abstained: true) where the best probability is lower."
+    )
 
 
 @router.post(
     "",
     response_model=ClassifyOut,
     responses=documented(NotFound, Conflict, TooLarge, UnsupportedMedia, TooLate),
-    openapi_extra=image_body(Options, json=body_schema(HuggingFaceRequest)),
+    openapi_extra=image_operation(Options, json=body_schema(HuggingFaceRequest)),
 )
-async def classify(
-    request: Request,
-    parts: PartsDep,
-    classifier_id: Annotated[str | None, Query(max_length=40, description="Default: the newest ready one.")] = None,
-    scope: Annotated[Scope | None, Query(description="Which classes compete; default all.")] = None,
-    class_names: Annotated[list[str] | None, Query(description="Only these compete; new names are predicted.")] = None,
-    top_k: Annotated[int | None, Query(ge=1, le=100_000)] = None,
-    gamma: Annotated[
-        float | None, Query(allow_inf_nan=False, description="Handicap of seen classes; default: chosen in training.")
-    ] = None,
-    explain: Annotated[bool | None, Query(description="Add contributing seen classes.")] = None,
-    min_score: Annotated[
-        float | None, Query(ge=0, le=1, description="Abstain (abstained: true) where the best probability is lower.")
-    ] = None,
-    timeout_s: Timeout = None,
-) -> Response:
+async def classify(request: Request, parts: PartsDep) -> Response:
     """Recognises seen and unseen classes. Options go in the query, or, with multipart, in the form."""
-    given = stated(
-        classifier_id=classifier_id,
-        scope=scope,
-        class_names=class_names,
-        top_k=top_k,
-        gamma=gamma,
-        explain=explain,
-        min_score=min_score,
-        timeout_s=timeout_s,
-    )
+    given = in_query(request, Options)
     if content_type_of(request) == "application/json":
         return await _classify_hugging_face(request, parts, given)
-    images = await read_images(request, parts, given, Options.model_fields)
+    images = await read_images(request, parts, given, Options)
     return FastJSON(await run(request, parts, _options(images.options), images))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from models.knowledge.names import validate_class_names
@@ -14,12 +12,11 @@ from service.core.repositories import ClassifierState
 from service.deps import Parts, PartsDep
 from service.image_requests import (
     ImageOptions,
-    Timeout,
     ask,
-    image_body,
+    image_operation,
+    in_query,
     read_images,
     ready_classifier,
-    stated,
     validated,
 )
 from service.json import FastJSON
@@ -32,30 +29,21 @@ METHOD = "psr"
 class Options(ImageOptions):
     """What an infer request may say beside its images."""
 
-    classifier_id: str | None = Field(None, max_length=40)
-    class_names: list[str] | None = Field(None, min_length=1)
-    tau: float = Field(0.0, ge=-1, le=1)
-    top_k: int = Field(10, ge=1, le=100_000)
+    classifier_id: str | None = Field(None, max_length=40, description="Default: the newest ready PSR one.")
+    class_names: list[str] | None = Field(None, min_length=1, description="Compare with these only; default all.")
+    tau: float = Field(0.0, ge=-1, le=1, description="Classes of at least this cosine are similar.")
+    top_k: int = Field(10, ge=1, le=100_000, description="Of each side, at most.")
 
 
 @router.post(
     "",
     response_model=InferOut,
     responses=documented(NotFound, Conflict, TooLarge, UnsupportedMedia, TooLate),
-    openapi_extra=image_body(Options),
+    openapi_extra=image_operation(Options),
 )
-async def infer(
-    request: Request,
-    parts: PartsDep,
-    classifier_id: Annotated[str | None, Query(max_length=40, description="Default: the newest ready PSR one.")] = None,
-    class_names: Annotated[list[str] | None, Query(description="Compare with these only; default all.")] = None,
-    tau: Annotated[float | None, Query(ge=-1, le=1, description="Classes of at least this cosine are similar.")] = None,
-    top_k: Annotated[int | None, Query(ge=1, le=100_000, description="Of each side, at most.")] = None,
-    timeout_s: Timeout = None,
-) -> Response:
+async def infer(request: Request, parts: PartsDep) -> Response:
     """Approximate semantic inference (PSR, 4.5): the known classes that images of unknown ones are like, and unlike."""
-    given = stated(classifier_id=classifier_id, class_names=class_names, tau=tau, top_k=top_k, timeout_s=timeout_s)
-    images = await read_images(request, parts, given, Options.model_fields)
+    images = await read_images(request, parts, in_query(request, Options), Options)
     options = validated(images.options, Options)
     names = options.class_names and list(validate_class_names(options.class_names, field="class_names"))
     chosen = await _chosen(parts, options.classifier_id)

@@ -76,6 +76,19 @@ def test_a_raw_image_with_options_in_the_query(live_api: LiveApi, classifier: st
     assert live_api.inference.calls[-1][1]["class_names"] == ["cat", "dog"]
 
 
+def test_options_of_the_query_are_checked_as_those_of_the_form(live_api: LiveApi, classifier: str) -> None:
+    before, headers = len(live_api.inference.calls), {"content-type": "image/png"}
+    for query, pointer, words in (
+        ("top-k=3", "/query/top-k", "Did you mean 'top_k'?"),
+        ("top_k=0", "/top_k", "greater than or equal to 1"),
+        ("scope=some", "/scope", "'unseen', 'seen' or 'all'"),
+        ("gamma=inf", "/gamma", "finite number"),
+    ):
+        refused = problem(live_api.client.post(f"{URL}?{query}", content=png(5), headers=headers), 422, words)
+        assert refused["errors"][0]["pointer"] == pointer
+    assert len(live_api.inference.calls) == before
+
+
 def test_a_raw_body_that_is_no_image(live_api: LiveApi, classifier: str) -> None:
     headers = {"content-type": "image/png"}
     answer = checked(live_api.client.post(URL, content=b"junk", headers=headers), ClassifyOut)
