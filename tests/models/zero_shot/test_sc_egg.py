@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from math import exp, log
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import Progress, ignore_progress
+from models.base import FloatArray, Progress, ignore_progress
 from models.errors import InvalidInput, NotFitted, ShapeMismatch
 from models.generative_params import SCEGGParams
 from models.zero_shot.gradient import TrainingData
@@ -156,6 +157,46 @@ def test_local_embedding_is_still_in_stage_2() -> None:
     consistency_loss(net, params, rows.features, rows.embeddings).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
     assert net.vectors.grad is net.attend.grad is net.embed.grad is None
     assert net.squeeze.weight.grad is not None
+
+
+def test_attention_finds_planted_attributes_that_a_mean_over_places_drowns() -> None:
+    """Of 10 attributes a class shows 3, each at one of 25 places; all else is clutter of the image's own."""
+    rng = np.random.default_rng(0)
+    n_seen, n_unseen, n_places, channels = 30, 8, 25, 32
+    shown = np.array(list(combinations(range(10), 3)))
+    shown = shown[rng.choice(len(shown), n_seen + n_unseen, replace=False)]
+    embeddings = np.zeros((len(shown), 10), np.float32)
+    np.put_along_axis(embeddings, shown, 3**-0.5, axis=1)
+    directions = np.linalg.qr(rng.normal(size=(channels, 10)))[0].T
+    labels = np.repeat(np.arange(len(shown)), 24)
+    maps = rng.normal(size=(len(labels), 1, channels)) + 0.5 * rng.normal(size=(len(labels), n_places, channels))
+    maps /= channels**0.5
+    where = rng.random((len(labels), n_places)).argsort(axis=1)[:, :3]
+    np.put_along_axis(maps, where[:, :, None], directions[shown[labels]], axis=1)
+    flat, is_seen = torch.from_numpy(maps.reshape(len(maps), -1).astype(np.float32)), labels < n_seen
+
+    params = SCEGGParams(embedding_epochs=20, compression_epochs=0, vector_dim=32, embedding_learning_rate=0.01)
+    generator = torch.Generator().manual_seed(0)
+    net = SCEN(channels, torch.randn(10, 32, generator=generator), n_seen, params, generator)
+    phi = torch.from_numpy(embeddings)
+    rows = TrainingData(flat[is_seen], torch.from_numpy(labels[is_seen]), phi[:n_seen], generator)
+    train_scen(net, params, rows, ignore_progress)
+
+    attention, places = net.look(flat[~is_seen])
+    of_image, numbers = labels[~is_seen], labels[~is_seen] - n_seen
+    found = attention.numpy()[np.arange(len(numbers))[:, None], shown[of_image], where[~is_seen]]
+    assert found.mean() > 0.5  # chance: 1 / 25
+    scores = net.semantic(attention, places) @ phi[n_seen:].T
+    assert (scores.numpy().argmax(axis=1) == numbers).mean() > 0.8  # chance: 1 / 8
+
+    def by_true_means(features: FloatArray) -> float:
+        """Accuracy on every other image, by the nearest mean of the rest of a class's images."""
+        means = np.stack([features[::2][numbers[::2] == c].mean(axis=0) for c in range(n_unseen)])
+        nearest = np.square(features[1::2, None] - means).sum(axis=2).argmin(axis=1)
+        return float((nearest == numbers[1::2]).mean())
+
+    assert by_true_means(net.compress(attention, places).numpy()) > 0.8
+    assert by_true_means(maps[~is_seen].mean(axis=1)) < 0.4
 
 
 MADE = made_up()
