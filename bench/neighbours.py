@@ -37,7 +37,8 @@ def features(n_rows: int, dim: int) -> np.ndarray[Any, np.dtype[np.float16]]:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(8, n_rows // 100), dim), np.float32)
     rows = centres[rng.integers(0, len(centres), n_rows)] + rng.standard_normal((n_rows, dim), np.float32)
-    return np.maximum(rows, 0).astype(np.float16)
+    found: np.ndarray[Any, np.dtype[np.float16]] = np.maximum(rows, 0).astype(np.float16)
+    return found
 
 
 def least(work: Callable[[], Any], device: str, runs: int = 3) -> float:

@@ -142,8 +142,8 @@ def tested(photos: Photos, cell: Cell, model: ZeroShotModel) -> dict[str, float]
     classes = ClassTable(names, photos.embeddings, np.arange(len(names)) < len(photos.seen))
     seen, unseen = photos.rows(1, cell), photos.rows(2, cell)
     report = evaluate(model, classes, test_unseen=unseen, test_seen=seen, gamma=model.gamma_)
-    if report.gzsl is None:
-        raise SystemExit("There are no test rows of seen classes.")
+    if report.zsl is None or report.gzsl is None:
+        raise SystemExit("There are no test rows of unseen, or of seen, classes.")
     return {"t1": report.zsl.t1, "u": report.gzsl.u, "s": report.gzsl.s, "h": report.gzsl.h}
 
 

@@ -47,7 +47,7 @@ def load_training_rows(folder: Path, weights: Path) -> tuple[FloatArray, IntArra
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         backbone = create_backbone("mobilenet_v2", weights=weights)
-        images = ((path.name, path.read_bytes()) for path in paths)
+        images = ((path.name, path.read_bytes) for path in paths)
         found = extract_features(images, backbone, PatchParams(method="whole"), n_threads=1)
         np.save(kept, np.concatenate([each.features for each in found if isinstance(each, ImageFeatures)]))
     labels = np.array([seen.index(path.parent.name) for path in paths])

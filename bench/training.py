@@ -42,11 +42,11 @@ PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch
 Product = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]], torch.dtype]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives its methods no types
     """Counts matrix products by shape and stride of their two factors, and type."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products: Counter[Product] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,13 +75,13 @@ class Watch:
             self.seconds[-1].append(now - self._since)
         self._completed = progress.completed
         if self._recorder is not None:
-            self._recorder.__exit__(None, None, None)
+            self._recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.products.append(self._recorder.products)
             self.seconds[-1].pop()  # recording takes time
             self._recorder = None
         elif not self.seconds[-1]:
             self._recorder = Recorder()
-            self._recorder.__enter__()
+            self._recorder.__enter__()  # type: ignore[no-untyped-call]
         if len(self.seconds) == self._n_stages and progress.completed == EPOCHS:
             raise Cancelled
         self._since = self._clock()
