@@ -256,8 +256,8 @@ def compactness(found: Tensor) -> Tensor:
     width = side if side * side == n_places else n_places
     number = torch.arange(n_places, device=found.device)
     grid = torch.stack([number // width, number % width], dim=1).to(found.dtype)  # (R, 2)
-    peak = grid[found.argmax(dim=1)]  # (B, E, 2)
-    distance = (grid[None, :, None] - peak[:, None]).square().sum(dim=3)  # (B, R, E)
+    apart = (grid[:, None] - grid).square().sum(dim=2)  # (R, R)
+    distance = apart[found.argmax(dim=1)].transpose(1, 2)  # (B, R, E)
     return (found.sigmoid() * distance).mean()
 
 
