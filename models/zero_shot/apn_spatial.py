@@ -69,12 +69,19 @@ class PrototypeNetwork(nn.Module):
 
     def attributes(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """v (B, E) and M (B, R, E) of maps (B, R, D)."""
-        pooled = places.mean(dim=1)
+        pooled, lengths = places.mean(dim=1), None
         if self.params.unit_places:
             pooled = functional.normalize(pooled - self.centre, dim=1)
-            places = functional.normalize(places - self.centre, dim=2)
-        v = pooled @ self.whole if self.params.pooling == "mean" else (places @ self.whole).amax(dim=1)
-        return v, places @ self.prototypes
+            places = places - self.centre
+            # Answers are divided, not places: there are fewer of them.
+            lengths = torch.linalg.vector_norm(places, dim=2, keepdim=True).clamp(min=1e-12)
+
+        def answers(vectors: Tensor) -> Tensor:
+            found = places @ vectors
+            return found if lengths is None else found / lengths
+
+        v = pooled @ self.whole if self.params.pooling == "mean" else answers(self.whole).amax(dim=1)
+        return v, answers(self.prototypes)
 
     def forward(self, rows: Tensor) -> Tensor:
         """What is compared with class embeddings, (B, E), of features (B, feature_dim)."""
