@@ -69,12 +69,19 @@ class PrototypeNetwork(nn.Module):
 
     def attributes(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """v (B, E) and M (B, R, E) of maps (B, R, D)."""
-        pooled = places.mean(dim=1)
+        pooled, lengths = places.mean(dim=1), None
         if self.params.unit_places:
             pooled = functional.normalize(pooled - self.centre, dim=1)
-            places = functional.normalize(places - self.centre, dim=2)
-        v = pooled @ self.whole if self.params.pooling == "mean" else (places @ self.whole).amax(dim=1)
-        return v, places @ self.prototypes
+            places = places - self.centre
+            # Answers are divided, not places: there are fewer of them.
+            lengths = torch.linalg.vector_norm(places, dim=2, keepdim=True).clamp(min=1e-12)
+
+        def answers(vectors: Tensor) -> Tensor:
+            found = places @ vectors
+            return found if lengths is None else found / lengths
+
+        v = pooled @ self.whole if self.params.pooling == "mean" else answers(self.whole).amax(dim=1)
+        return v, answers(self.prototypes)
 
     def forward(self, rows: Tensor) -> Tensor:
         """What is compared with class embeddings, (B, E), of features (B, feature_dim)."""
@@ -257,8 +264,8 @@ def compactness(found: Tensor) -> Tensor:
     width = side if side * side == n_places else n_places
     number = torch.arange(n_places, device=found.device)
     grid = torch.stack([number // width, number % width], dim=1).to(found.dtype)  # (R, 2)
-    peak = grid[found.argmax(dim=1)]  # (B, E, 2)
-    distance = (grid[None, :, None] - peak[:, None]).square().sum(dim=3)  # (B, R, E)
+    apart = (grid[:, None] - grid).square().sum(dim=2)  # (R, R)
+    distance = apart[found.argmax(dim=1)].transpose(1, 2)  # (B, R, E)
     return (found.sigmoid() * distance).mean()
 
 
