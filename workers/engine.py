@@ -38,6 +38,7 @@ from workers.engine_queue import (
     answers,
     forward,
     prepare_image,
+    queues,
 )
 from workers.predictions import (
     FeatureExtractor,
@@ -76,7 +77,8 @@ class Engine:
 
     device: for reports and probes; the residents' backbones and classifiers say where they run.
     max_batch: images a forward pass. max_wait_ms: how long a batch that is not full waits for images still being
-    decoded; with none on the way it never waits. max_pending: images accepted and not yet answered.
+    decoded; with none on the way it never waits. batches_ahead: how many may be under way beside the one that is
+    computed, where networks queue them up. max_pending: images accepted and not yet answered.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Engine:
         device: str = "cpu",
         max_batch: int = 32,
         max_wait_ms: float = 4.0,
+        batches_ahead: int = 0,
         max_pending: int = 1024,
         decode_threads: int = 2,
         limits: ImageLimits = DEFAULT_LIMITS,
@@ -105,10 +108,12 @@ class Engine:
         self._pulse = Pulse(device)
         self._last_network: tuple[weakref.ref[FeatureExtractor], int] = (weakref.ref(self._pulse), 32)
         self._last_end = self._last_success = -math.inf
-        self._torch_threads = torch.get_num_threads()
         self._decoders = _started_pool(decode_threads)
-        self._thread = threading.Thread(target=self._run, name=f"inference-{device}", daemon=True)
-        self._thread.start()
+        # All networks run in the first thread: torch's would slow down with threads of several callers.
+        tasks = [(lambda _: True, torch.get_num_threads()), *[(queues, 1)] * batches_ahead]
+        self._threads = [threading.Thread(target=self._run, args=task, daemon=True) for task in tasks]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Engine:
         return self
@@ -180,7 +185,7 @@ class Engine:
         since = time.monotonic()
         while not wait_for([request.future], timeout=max(0.0, since + timeout_s - time.monotonic())).done:
             since = max(since, self._last_end)  # a long queue is no illness
-            if time.monotonic() - since > timeout_s or not self._thread.is_alive():
+            if time.monotonic() - since > timeout_s or not any(t.is_alive() for t in self._threads):
                 request.future.cancel()
                 raise EngineSick(f"The device has not finished a batch for {timeout_s:g} s.")
         try:
@@ -241,7 +246,8 @@ class Engine:
             unanswered = list(self._open)
             self._changed.notify_all()
         self._decoders.shutdown(wait=True, cancel_futures=True)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         for request in unanswered:
             self._fail(request, EngineClosed("The inference engine was shut down before it answered this request."))
 
@@ -267,10 +273,10 @@ class Engine:
 
     # -- the device's thread -------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._torch_threads)  # the decoders' 1 is partly the whole process's
+    def _run(self, takes: Callable[[Ready], bool], torch_threads: int) -> None:
+        torch.set_num_threads(torch_threads)  # the decoders' 1 is partly the whole process's
         while True:
-            batch, dropped = self._next_batch()
+            batch, dropped = self._next_batch(takes)
             self._settle([(item.request, item.position, GIVEN_UP) for item in dropped])
             if not batch:
                 if self._closed:
@@ -295,18 +301,18 @@ class Engine:
             found = [gone] * len(batch) if rows is None else rows
             self._settle([(item.request, item.position, row) for item, row in zip(batch, found, strict=True)])
 
-    def _next_batch(self) -> tuple[list[Ready], list[Ready]]:
+    def _next_batch(self, takes: Callable[[Ready], bool]) -> tuple[list[Ready], list[Ready]]:
         """Images for one forward pass, of one backbone and size, the oldest first; and those nobody waits for.
 
-        Both are empty when the engine closes.
+        Both may be empty, and are when the engine closes.
         """
         with self._changed:
-            while not self._ready:
+            while (first := next(filter(takes, self._ready), None)) is None:
                 if self._closed:
                     return [], []
                 self._changed.wait()
             deadline = time.monotonic() + self._max_wait_s
-            while not self._closed and self._n_decoding and self._n_alike() < self._max_batch:
+            while not self._closed and self._n_decoding and self._n_like(first) < self._max_batch:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
@@ -319,16 +325,15 @@ class Engine:
             for item in self._ready:
                 if item.request.is_over():
                     dropped.append(item)
-                elif len(batch) < self._max_batch and (not batch or alike(item.request, batch[0].request)):
+                elif len(batch) < self._max_batch and alike(item.request, first.request):
                     batch.append(item)
                 else:
                     others.append(item)
             self._ready = others
             return batch, dropped
 
-    def _n_alike(self) -> int:
-        first = self._ready[0].request
-        return sum(alike(item.request, first) for item in self._ready)
+    def _n_like(self, first: Ready) -> int:
+        return sum(alike(item.request, first.request) for item in self._ready)
 
     def _settle(self, outcomes: Sequence[tuple[Request, int, FloatArray | ImageError]]) -> None:
         """Enter rows or errors of requests' images; the last ones of a request answer it."""

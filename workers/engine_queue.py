@@ -130,6 +130,11 @@ def answers(requests: Sequence[Request]) -> list[list[Any]]:
     return [[row if isinstance(row, ImageError) else next(told) for row in request.rows] for request in requests]
 
 
+def queues(item: Ready) -> bool:
+    """Whether the image's network takes batches of several threads at a time, and shares its own out among them."""
+    return getattr(item.request.backbone, "queues", False)
+
+
 def alike(one: Request, other: Request) -> bool:
     """Whether images of both may share a batch."""
     return one.backbone == other.backbone and one.size == other.size

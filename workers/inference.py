@@ -249,7 +249,9 @@ def create_inference_app(settings: Settings) -> Starlette:
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     settings = settings.model_copy(update={"threads": settings.threads or torch.get_num_threads()})
     torch.set_num_threads(settings.threads)
-    engine = Engine(device=device, limits=limits)
+    # A CPU's threads take images one by one: small batches cost nothing, and the next one fills threads that are free.
+    batching: dict[str, Any] = {"max_batch": 4 * settings.threads, "max_wait_ms": 0.0, "batches_ahead": 1}
+    engine = Engine(device=device, limits=limits, **(batching if device == "cpu" else {}))
     inference = Inference(Library(services.database, services.store, settings, device=device), engine)
 
     @asynccontextmanager

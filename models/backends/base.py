@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class Backend(Protocol):
 class PreparedNetwork(BackboneView):
     """A backbone whose features a backend computes, for images of one `size`. Views of one network are equal.
 
-    run: takes 1 <= B <= max_batch. n_bytes: of its own copies of the weights.
+    run: takes 1 <= B <= max_batch. n_bytes: of its own copies of the weights. queues: whether batches of several
+    callers share its threads without disturbing each other.
     """
 
     backend: str
@@ -75,6 +77,7 @@ class PreparedNetwork(BackboneView):
     size: int
     run: Run = field(compare=False, repr=False)
     n_bytes: int = field(compare=False, default=0)
+    queues: bool = field(compare=False, default=False)
 
     @property
     def feature_dim(self) -> int:
@@ -103,18 +106,28 @@ class Spread:
     Threads that share a layer wait for each other at its end, and where anything else needs a core now and then, all
     of them wait for the one that lost it. Pieces only meet at the end of the batch, and whoever is free takes the next.
 
+    Batches of several callers queue up piece by piece, so that the next one fills the threads that the last leaves.
+
     together: on all `threads`. apart: on one thread, from several at a time.
     """
 
     def __init__(self, together: Run, apart: Run, threads: int) -> None:
         self._together, self._apart, self._threads = together, apart, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="network")
+        self._lock, self._n_running = threading.Lock(), 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        if len(images) < self._threads:
-            return self._together(images)
-        pieces = torch.split(images, max(1, len(images) // (PIECES_A_THREAD * self._threads)))
-        return torch.cat(list(self._pool.map(self._apart, pieces)))
+        with self._lock:
+            is_alone = self._n_running == 0
+            self._n_running += 1
+        try:
+            if is_alone and len(images) < self._threads:
+                return self._together(images)
+            pieces = torch.split(images, max(1, len(images) // (PIECES_A_THREAD * self._threads)))
+            return torch.cat(list(self._pool.map(self._apart, pieces)))
+        finally:
+            with self._lock:
+                self._n_running -= 1
 
 
 class Whole(nn.Module):

@@ -41,10 +41,11 @@ class FromONNX(ABC):
     def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
         """Loads the network. Where one batch has several threads, twice: to share layers, and to share out images."""
         file, threads = onnx_file(backbone, place), place.threads
-        run, n_copies = self.load(file, backbone.precision, threads, place.streams), 1
-        if place.streams == 1 and threads > 1:
-            run, n_copies = Spread(run, self.load(file, backbone.precision, threads, streams=threads), threads), 2
-        return PreparedNetwork(self.name, backbone, place.size, run, n_copies * weights_bytes(file))
+        run, is_spread = self.load(file, backbone.precision, threads, place.streams), place.streams == 1 < threads
+        if is_spread:
+            run = Spread(run, self.load(file, backbone.precision, threads, streams=threads), threads)
+        n_bytes = (1 + is_spread) * weights_bytes(file)
+        return PreparedNetwork(self.name, backbone, place.size, run, n_bytes, queues=is_spread)
 
 
 def onnx_file(backbone: Backbone, place: Place) -> Path:

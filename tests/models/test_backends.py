@@ -133,6 +133,31 @@ def test_small_batches_stay_together_and_others_are_cut_so_that_threads_even_out
     assert sorted(apart) == sorted([1] * 2 + [1] * 8 + [4] * 8 + [4] * 8 + [1])
 
 
+def test_a_small_batch_beside_another_takes_one_thread() -> None:
+    ways: list[str] = []
+    started, go = threading.Event(), threading.Event()
+
+    def together(images: Tensor) -> Tensor:
+        ways.append("together")
+        started.set()
+        assert go.wait(20)
+        return images[:, :, 0, 0].float()
+
+    def apart(images: Tensor) -> Tensor:
+        ways.append("apart")
+        return images[:, :, 0, 0].float()
+
+    spread = Spread(together, apart, threads=2)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(spread, photos(1))
+        assert started.wait(20)
+        spread(photos(1))
+        go.set()
+        first.result(20)
+    spread(photos(1))
+    assert ways == ["together", "apart", "together"]
+
+
 def test_views_of_one_network_at_one_size_may_share_batches(backbone: Backbone, kept: Path) -> None:
     one, other = (prepared(backbone, name, kept) for name in RUNTIMES)
     assert one == prepared(backbone, "openvino", kept)

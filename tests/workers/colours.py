@@ -23,6 +23,8 @@ EMBEDDINGS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], np.float32)
 class MeanColour:
     """Feature = mean of each channel, 0..1. Counts batches; may be told to wait or to fail."""
 
+    queues = False
+
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.go = threading.Event()

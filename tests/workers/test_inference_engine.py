@@ -171,6 +171,23 @@ def test_a_request_that_cannot_be_answered_spoils_no_other_of_its_kind() -> None
     assert [labels(future.result()) for future in (green, blue)] == [["green"], ["blue"]]
 
 
+@pytest.mark.parametrize("queues", [True, False])
+def test_a_second_batch_is_under_way_where_networks_queue_them_up(queues: bool) -> None:
+    backbone = MeanColour()
+    backbone.queues = queues
+    backbone.go.clear()
+    model = resident(backbone)
+    with Engine(max_batch=2, batches_ahead=1) as engine:
+        futures = [engine.classify(model, [image]) for image in (RED, GREEN, BLUE) * 3]
+        eventually(lambda: engine.stats().n_waiting == 9 and len(backbone.batches) == 1 + queues)
+        time.sleep(0.3)
+        assert len(backbone.batches) == 1 + queues  # the others wait
+        backbone.go.set()
+        wait(futures, timeout=20)
+    assert [labels(future.result())[0] for future in futures] == ["red", "green", "blue"] * 3
+    assert sum(backbone.batches) == 9
+
+
 def test_a_single_image_never_waits_for_company() -> None:
     with Engine(max_wait_ms=5000) as engine:
         classified(engine, resident(), [RED])  # threads and first calls warm
