@@ -38,3 +38,24 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
         runtime.seed_everything(7)
         drawn.append((np.random.rand(), torch.rand(1).item()))
     assert drawn[0] == drawn[1]
+
+
+def test_a_job_counts_numbers_that_no_processor_multiplies_fast_as_0_in_all_its_threads() -> None:
+    code = """
+from types import SimpleNamespace
+import torch, workers.runner, workers.worker
+from workers import __main__ as program
+
+def product(job_id, **_):
+    torch.set_num_threads(2)
+    small = torch.full((512, 512), 1e-21)
+    print(int((small @ small).count_nonzero()))
+
+workers.runner.run_job = product
+workers.runner.open_services = lambda *_, **__: SimpleNamespace(database=SimpleNamespace(engine=None))
+workers.worker.serve = lambda services, run, device: run("job", "worker")
+program.upgrade = lambda engine: None
+program._work(SimpleNamespace(device="cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
