@@ -18,9 +18,13 @@ WEIGHTS = ".data"
 
 
 class FromONNX(ABC):
-    """The part that backends which read the file share. `name` is also that of their package."""
+    """The part that backends which read the file share. `name` is also that of their package.
+
+    can_spread: whether a network may end together with the threads that ran it.
+    """
 
     name: str
+    can_spread: bool
 
     @abstractmethod
     def load(self, file: Path, precision: Precision, threads: int, streams: int) -> Run:
@@ -41,7 +45,8 @@ class FromONNX(ABC):
     def open(self, backbone: Backbone, place: Place) -> PreparedNetwork:
         """Loads the network. Where one batch has several threads, twice: to share layers, and to share out images."""
         file, threads = onnx_file(backbone, place), place.threads
-        run, is_spread = self.load(file, backbone.precision, threads, place.streams), place.streams == 1 < threads
+        run = self.load(file, backbone.precision, threads, place.streams)
+        is_spread = self.can_spread and place.streams == 1 < threads
         if is_spread:
             run = Spread(run, self.load(file, backbone.precision, threads, streams=threads), threads)
         n_bytes = (1 + is_spread) * weights_bytes(file)

@@ -15,6 +15,7 @@ class ONNXRuntime(FromONNX):
     """Reads the ONNX file."""
 
     name = "onnxruntime"
+    can_spread = True
     needs = "pip install 'unseen[onnx]'"
 
     def load(self, file: Path, _precision: Precision, threads: int, streams: int) -> Run:

@@ -19,6 +19,9 @@ class OpenVINO(FromONNX):
     """Reads the ONNX file; bfloat16 runs on the processor's own instructions, where it has them."""
 
     name = "openvino"
+    can_spread = (
+        False  # its library is unloaded with the last of a network, and hung or crashed where threads ended then
+    )
     needs = "pip install 'unseen[openvino]'"
 
     def load(self, file: Path, precision: Precision, threads: int, streams: int) -> Run:
