@@ -100,8 +100,8 @@ def turned(rows: Tensor, by: float) -> Tensor:
     ahead = functional.normalize(rows)
     aside = functional.normalize(noise - (noise * ahead).sum(dim=1, keepdim=True) * ahead)
     cosine = 1 - by
-    turned: Tensor = (cosine * ahead + (1 - cosine**2) ** 0.5 * aside) * rows.norm(dim=1, keepdim=True)
-    return turned.float()
+    found: Tensor = (cosine * ahead + (1 - cosine**2) ** 0.5 * aside) * rows.norm(dim=1, keepdim=True)
+    return found.float()
 
 
 def print_drift(name: str, networks: dict[str, FeatureNetwork], side: int, data: Path) -> None:

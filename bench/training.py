@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch giv
     """Counts matrix products by shape and stride of their two factors, and type."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.products: Counter[Product] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,13 +75,13 @@ class Watch:
             self.seconds[-1].append(now - self._since)
         self._completed = progress.completed
         if self._recorder is not None:
-            self._recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
             self.products.append(self._recorder.products)
             self.seconds[-1].pop()  # recording takes time
             self._recorder = None
         elif not self.seconds[-1]:
             self._recorder = Recorder()
-            self._recorder.__enter__()  # type: ignore[no-untyped-call]
+            self._recorder.__enter__()  # type: ignore[no-untyped-call]  # as above
         if len(self.seconds) == self._n_stages and progress.completed == EPOCHS:
             raise Cancelled
         self._since = self._clock()

@@ -1,7 +1,8 @@
 """The inference engine: many small requests become few large batches on one device.
 
-Images are decoded in a thread pool; one thread owns the device and runs the backbone on whatever is ready, images of
-different requests together; each request is answered as soon as its own images are done. No HTTP and no database here.
+Images are decoded in a thread pool; one thread runs the backbone on whatever is ready, images of different requests
+together; where a network queues batches up, further threads bring it the next ones. Each request is answered as soon as
+its own images are done, those that ask the same together. No HTTP and no database here.
 """
 
 from __future__ import annotations
@@ -104,7 +105,6 @@ class Engine:
         self._n_decoding = 0
         self._closed = False
         self._n_images = self._n_batches = 0
-        self._busy_s = 0.0
         self._pulse = Pulse(device)
         self._last_network: tuple[weakref.ref[FeatureExtractor], int] = (weakref.ref(self._pulse), 32)
         self._last_end = self._last_success = -math.inf
@@ -185,7 +185,7 @@ class Engine:
         since = time.monotonic()
         while not wait_for([request.future], timeout=max(0.0, since + timeout_s - time.monotonic())).done:
             since = max(since, self._last_end)  # a long queue is no illness
-            if time.monotonic() - since > timeout_s or not any(t.is_alive() for t in self._threads):
+            if time.monotonic() - since > timeout_s or not all(thread.is_alive() for thread in self._threads):
                 request.future.cancel()
                 raise EngineSick(f"The device has not finished a batch for {timeout_s:g} s.")
         try:
@@ -236,7 +236,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters for the metrics page."""
         with self._changed:
-            return EngineStats(self._n_images, self._n_batches, self._busy_s, self._n_pending)
+            return EngineStats(self._n_images, self._n_batches, self._n_pending)
 
     def close(self) -> None:
         """Stop after the running batch; requests that are not answered fail with EngineClosed."""
@@ -282,7 +282,6 @@ class Engine:
                 if self._closed:
                     return
                 continue
-            started = time.monotonic()
             rows: FloatArray | None = None
             try:
                 rows = forward(batch)
@@ -293,7 +292,6 @@ class Engine:
                 self._n_batches += 1
                 self._n_images += len(batch)
                 self._last_end = time.monotonic()
-                self._busy_s += self._last_end - started
                 self._last_network = weakref.ref(batch[0].request.backbone), batch[0].request.size
                 if rows is not None and np.isfinite(rows).all():
                     self._last_success = self._last_end
@@ -345,29 +343,28 @@ class Engine:
             whole = [request for request in dict.fromkeys(outcome[0] for outcome in outcomes) if request.n_left == 0]
         asking: dict[Callable[[FloatArray], Sequence[Any]], list[Request]] = {}
         for request in whole:
-            if self._claim(request):
+            if not self._claim(request):
+                continue
+            if time.monotonic() > request.deadline:
+                late = EngineTooLate("The request's time was over before its last image had run.")
+                request.future.set_exception(late)
+            else:
                 asking.setdefault(request.question, []).append(request)
         for same in asking.values():
             self._answer(same)
 
     def _answer(self, requests: Sequence[Request]) -> None:
         """Answer requests of one question together; where that fails, each alone, so that none spoils another's."""
-        now = time.monotonic()
-        in_time = [request for request in requests if now <= request.deadline]
-        for request in requests:
-            if now > request.deadline:
-                error = EngineTooLate("The request's time was over before its last image had run.")
-                request.future.set_exception(error)
         try:
-            found = answers(in_time) if in_time else []
+            found = answers(requests)
         except Exception as error:  # the classifier's own; it belongs to the caller
-            if len(in_time) == 1:
-                in_time[0].future.set_exception(error)
+            if len(requests) == 1:
+                requests[0].future.set_exception(error)
             else:
-                for request in in_time:
+                for request in requests:
                     self._answer([request])
         else:
-            for request, told in zip(in_time, found, strict=True):
+            for request, told in zip(requests, found, strict=True):
                 request.future.set_result(told)
 
     def _fail(self, request: Request, error: Exception) -> None:

@@ -42,11 +42,10 @@ class EngineSick(Exception):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Since the start: images and batches run, seconds the device worked; and images waiting now."""
+    """Since the start: images and batches run; and images waiting now."""
 
     n_images: int
     n_batches: int
-    busy_s: float
     n_waiting: int
 
 
@@ -131,7 +130,7 @@ def answers(requests: Sequence[Request]) -> list[list[Any]]:
 
 
 def queues(item: Ready) -> bool:
-    """Whether the image's network takes batches of several threads at a time, and shares its own out among them."""
+    """Whether the image's network takes batches of several threads at a time; one that does not say so takes none."""
     return getattr(item.request.backbone, "queues", False)
 
 

@@ -147,16 +147,16 @@ class Library:
         resident: Resident = self._cache.get(f"classifier:{state.id}", lambda: self._open_classifier(state.id))
         table: _ClassTable = self._cache.get(f"classes:{state.id}:{state.version}", lambda: self._read_table(state.id))
         if class_names is None:
-            return self._whole(resident, table, state, scope)
+            return self._of_scope(resident, table, state, scope)
         return self._among(resident, table, state, scope, class_names)
 
     def competing_at_once(self, state: ClassifierState, scope: str) -> Competing | None:
         """All classes of a scope; None where that would take a look at a disk or a database."""
         resident: Resident | None = self._cache.held(f"classifier:{state.id}")
         table: _ClassTable | None = self._cache.held(f"classes:{state.id}:{state.version}")
-        return None if resident is None or table is None else self._whole(resident, table, state, scope)
+        return None if resident is None or table is None else self._of_scope(resident, table, state, scope)
 
-    def _whole(self, resident: Resident, table: _ClassTable, state: ClassifierState, scope: str) -> Competing:
+    def _of_scope(self, resident: Resident, table: _ClassTable, state: ClassifierState, scope: str) -> Competing:
         """All classes of a scope; the same object until model or classes change: its requests are answered together."""
         known = self._scopes.setdefault(resident, {})
         held = known.get(scope)

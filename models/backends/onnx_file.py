@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from models.backbones import Backbone, Precision
-from models.backends.base import Place, PreparedNetwork, Run, Spread, Whole
+from models.backends.base import Place, PreparedNetwork, Run, Whole
+from models.backends.spread import Spread
 
 WEIGHTS = ".data"
 """What the name of the file with the weights has more."""
@@ -20,7 +21,7 @@ WEIGHTS = ".data"
 class FromONNX(ABC):
     """The part that backends which read the file share. `name` is also that of their package.
 
-    can_spread: whether a network may end together with the threads that ran it.
+    can_spread: whether batches may be shared out among threads that end with the network.
     """
 
     name: str

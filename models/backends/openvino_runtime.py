@@ -19,9 +19,9 @@ class OpenVINO(FromONNX):
     """Reads the ONNX file; bfloat16 runs on the processor's own instructions, where it has them."""
 
     name = "openvino"
-    can_spread = (
-        False  # its library is unloaded with the last of a network, and hung or crashed where threads ended then
-    )
+    # Shared out among a pool's threads, networks that ended with it hung a process once, and crashed one once, of some
+    # hundreds. Why is not known.
+    can_spread = False
     needs = "pip install 'unseen[openvino]'"
 
     def load(self, file: Path, precision: Precision, threads: int, streams: int) -> Run:

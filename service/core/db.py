@@ -83,19 +83,16 @@ class Database:
         if query not in self._compiled:
             self._compiled[query] = query.compile(self.engine)
         compiled = self._compiled[query]
-        sql, bound = str(compiled), dict(compiled.construct_params(values) or {})
-        if (names := getattr(compiled, "positiontup", None)) is not None:  # where the driver takes them by position
-            return await self._alone(sql, [bound[name] for name in names])
-        return await self._alone(sql, bound)
-
-    async def _alone(self, sql: str, bound: Any) -> tuple[Any, ...] | None:
+        sql, by_name = str(compiled), dict(compiled.construct_params(values) or {})
+        names = getattr(compiled, "positiontup", None)  # where the driver takes values by position
+        bound: Any = by_name if names is None else [by_name[name] for name in names]
         if self.engine.dialect.name != "sqlite":
-            return await asyncio.to_thread(self._pooled, sql, bound)
+            return await asyncio.to_thread(self._pooled_row, sql, bound)
         if self._of_the_loop is None:
             self._of_the_loop = self.engine.raw_connection()
         return _row(self._of_the_loop, sql, bound)
 
-    def _pooled(self, sql: str, bound: Any) -> tuple[Any, ...] | None:
+    def _pooled_row(self, sql: str, bound: Any) -> tuple[Any, ...] | None:
         with closing(self.engine.raw_connection()) as connection:
             return _row(connection, sql, bound)
 

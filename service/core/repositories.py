@@ -258,8 +258,7 @@ _CLASSIFIER_STATE = (
     .outerjoin(EmbeddingSet, Classifier.embedding_set_id == EmbeddingSet.id)
     .where(Classifier.id == bindparam("classifier_id"))
 )  # fmt: skip
-_READY = select(Classifier.id).where(Classifier.status == "ready")
-_NEWEST = _READY.order_by(Classifier.id.desc()).limit(1)
+_NEWEST = select(Classifier.id).where(Classifier.status == "ready").order_by(Classifier.id.desc()).limit(1)
 _NEWEST_OF_METHOD = _NEWEST.where(Classifier.method == bindparam("method"))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.backbones import Backbone, SpatialBackbone, create_backbone
 from models.backends import choice, compiled
-from models.backends.base import Place, PreparedNetwork, Run, Spread
+from models.backends.base import Place, PreparedNetwork
 from models.backends.choice import BackendName, awaits_preparation, fast_network
 from models.backends.onnx_file import onnx_file
 from models.errors import InvalidInput, ShapeMismatch
@@ -99,60 +99,6 @@ def test_threads_do_not_disturb_each_other(fast: PreparedNetwork) -> None:
     alone = [fast.features(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(*pair) for pair in zip(pool.map(fast.features, batches), alone, strict=True))
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 32])
-def test_a_batch_with_several_threads_is_shared_out(backbone: Backbone, kept: Path, n: int) -> None:
-    spread = fast_network(backbone, Place(SIZE, kept, threads=3), backend="onnxruntime")
-    single = fast_network(backbone, Place(SIZE, kept, threads=1), backend="onnxruntime")
-    assert isinstance(spread, PreparedNetwork)
-    assert isinstance(single, PreparedNetwork)
-    torch.testing.assert_close(spread.features(photos(n)), single.features(photos(n)), rtol=1e-5, atol=1e-5)
-    assert spread.n_bytes == 2 * single.n_bytes  # what the cache of models must know of
-
-
-def test_small_batches_stay_together_and_others_are_cut_so_that_threads_even_out() -> None:
-    together: list[int] = []
-    apart: list[int] = []
-
-    def counting(sizes: list[int]) -> Run:
-        def run(images: Tensor) -> Tensor:
-            sizes.append(len(images))
-            return images[:, :, 0, 0].float()
-
-        return run
-
-    spread = Spread(counting(together), counting(apart), threads=2)
-    for n in (1, 2, 8, 32, 33):
-        images = photos(n)
-        assert torch.equal(spread(images), images[:, :, 0, 0].float())
-    assert together == [1]
-    assert sorted(apart) == sorted([1] * 2 + [1] * 8 + [4] * 8 + [4] * 8 + [1])
-
-
-def test_a_small_batch_beside_another_takes_one_thread() -> None:
-    ways: list[str] = []
-    started, go = threading.Event(), threading.Event()
-
-    def together(images: Tensor) -> Tensor:
-        ways.append("together")
-        started.set()
-        assert go.wait(20)
-        return images[:, :, 0, 0].float()
-
-    def apart(images: Tensor) -> Tensor:
-        ways.append("apart")
-        return images[:, :, 0, 0].float()
-
-    spread = Spread(together, apart, threads=2)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(spread, photos(1))
-        assert started.wait(20)
-        spread(photos(1))
-        go.set()
-        first.result(20)
-    spread(photos(1))
-    assert ways == ["together", "apart", "together"]
 
 
 def test_views_of_one_network_at_one_size_may_share_batches(backbone: Backbone, kept: Path) -> None:
