@@ -241,7 +241,9 @@ def _silence_pillow() -> None:
 
     `warnings.catch_warnings` is not safe with threads, so the filter is put in place once and stays.
     """
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("PIL")
+    if logger.level != logging.CRITICAL:  # setting it, even to what it is, clears the caches of all loggers
+        logger.setLevel(logging.CRITICAL)
     pattern = r"PIL\."
     if not any(
         entry[3] is not None and getattr(entry[3], "pattern", entry[3]) == pattern for entry in warnings.filters

@@ -9,6 +9,9 @@ from typing import Any
 
 import structlog
 
+_CHATTY = ("httpx", "alembic", "onnx_ir", "onnxscript")
+"""A line for each request within the service, for each start, and for each weight of an exported network."""
+
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]*@")
 
 
@@ -50,7 +53,7 @@ def configure_logging(level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("httpx", "alembic"):  # a line for each request within the service, and for each start
+    for name in _CHATTY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 

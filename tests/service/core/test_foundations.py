@@ -149,6 +149,18 @@ def test_passwords_do_not_reach_the_log() -> None:
     assert "hunter2" not in done.stderr + done.stdout
 
 
+def test_what_libraries_tell_of_their_every_step_stays_out_of_the_log() -> None:
+    code = (
+        "from service.core.logging import configure_logging; import logging; configure_logging('info');"
+        "[logging.getLogger(f'{name}.passes').info('a step') for name in ('onnx_ir', 'onnxscript', 'httpx')];"
+        "logging.getLogger('onnx_ir.passes').warning('trouble'); logging.getLogger('other').info('news')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "a step" not in done.stderr
+    assert "trouble" in done.stderr
+    assert "news" in done.stderr
+
+
 def test_whether_a_process_is_dead_is_only_said_of_this_host() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
