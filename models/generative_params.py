@@ -170,7 +170,13 @@ class CADAVAEParams(GenerativeParams):
 
     epochs: int = Field(60, ge=1, le=10_000, description="At most this many; validation classes choose the epoch.")
     steps_per_epoch: int = Field(50, ge=1, le=100_000, description="Steps after which the epoch counts as over.")
-    patience: int = Field(10, ge=1, le=10_000, description="Epochs without a better validation score before stopping.")
+    patience: int = Field(
+        10,
+        ge=1,
+        le=10_000,
+        description="Epochs without a better validation score before stopping, which is not before cross_ramp and "
+        "align_ramp end.",
+    )
     batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "minmax",

@@ -11,6 +11,7 @@ notice. Letters in trailing comments: B images of a step, D features, E embeddin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -92,6 +93,10 @@ class CADAVAE(GenerativeModel):
             features = torch.from_numpy(train.features[rows.cpu().numpy()]).to(self.device)
             parts.append(sample(self.network.encode_features(features), chance, code_compat=self.params.code_compat))
         return RealRows(torch.cat(parts), labels[picked], len(train.embeddings))
+
+    def _first_stop(self) -> int:
+        # Until then latents of images and classes have little to do with each other, and T1 is near chance.
+        return math.ceil(self.params.epochs * max(self.params.cross_ramp[1], self.params.align_ramp[1]))
 
     def _training(self, data: TrainingData, on_progress: OnProgress) -> Iterator[dict[str, float]]:  # noqa: ARG002 - one stage
         params, network, chance = self.params, self.network, data.generator

@@ -109,7 +109,7 @@ class EpochModel(ZeroShotModel):
             curve.append(entry["validation_t1"])
             kept.take(self.network, curve)
             on_progress(Progress("choosing", len(curve), epochs, _metrics(entry)))
-            return len(curve) - best_epoch(curve) < self.params.patience
+            return len(curve) < self._first_stop() or len(curve) - best_epoch(curve) < self.params.patience
 
         self._follow(train, run, epochs, on_progress, may_get_better)
         return run.history
@@ -130,6 +130,10 @@ class EpochModel(ZeroShotModel):
                 break
             run.record(entry)
         run.end({name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()})
+
+    def _first_stop(self) -> int:
+        """Epochs before which training does not stop early: while losses are still being brought in."""
+        return 0
 
     def _begin(self, train: Rows) -> None:
         """Take in what a method needs of its training rows beside the network."""

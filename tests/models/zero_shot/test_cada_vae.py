@@ -73,6 +73,18 @@ def test_equal_gaussians_have_no_distance_and_a_gradient() -> None:
     assert bool(torch.isfinite(mean.grad).all())
 
 
+def test_training_does_not_stop_while_alignment_is_still_being_brought_in() -> None:
+    # A step size of nearly 0: no epoch is better than the first, and patience alone would end it after the second.
+    params = CADAVAEParams.model_validate({**SMALL, "epochs": 10, "learning_rate": 1e-12, "patience": 1, "folds": 1})
+    lengths = {}
+    for ramp_end in (0.1, 0.75):
+        asked = params.model_copy(update={"cross_ramp": (0.0, ramp_end), "align_ramp": (0.0, 0.1)})
+        model = CADAVAE(asked).fit(DATA.train, DATA.seen_embeddings, validation_classes=DATA.train.class_names[:3])
+        lengths[ramp_end] = len(model.history_)
+    assert lengths[0.1] < 8
+    assert lengths[0.75] == 8
+
+
 def test_draws_have_the_deviation_that_is_asked_for() -> None:
     mean, log_variance = torch.zeros(4000, 3), torch.full((4000, 3), -2.0)
     drawn = sample((mean, log_variance), seeded())
