@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
-Rows = NDArray[np.int64]
+Numbers = NDArray[np.int64]
+"""Which targets, or which coefficients."""
 
 TOLERANCE = 1e-12
 """Slack on bounds and multipliers, for vectors of about unit length."""
@@ -191,7 +192,7 @@ class _SimplexFits:
             self._admit(rows, np.where(gain > 10 * TOLERANCE, entering, self.n)[improving])
             self._settle(rows)
 
-    def _best(self, rows: Rows, width: int, *, in_single: bool) -> tuple[Rows, Matrix]:
+    def _best(self, rows: Numbers, width: int, *, in_single: bool) -> tuple[Numbers, Matrix]:
         """The `width` coefficients outside their supports that gain `rows` most, (R, width), and what they gain, in
         double precision.
         """
@@ -214,7 +215,7 @@ class _SimplexFits:
         gain = self.levels[rows, None] - (own - self._linear[rows[:, None], entering])
         return entering, np.where(is_there, gain, 0.0)
 
-    def _admit(self, rows: Rows, entering: Rows) -> None:
+    def _admit(self, rows: Numbers, entering: Numbers) -> None:
         """Put `entering` (R, width) into padded columns, which are added where there are too few."""
         width = entering.shape[1]
         missing = width - int((self.supports == self.n).sum(axis=1).min())
@@ -224,7 +225,7 @@ class _SimplexFits:
         free = np.argsort(self.supports[rows] != self.n, axis=1, kind="stable")[:, :width]
         self.supports[rows[:, None], free] = entering
 
-    def _settle(self, rows: Rows) -> None:
+    def _settle(self, rows: Numbers) -> None:
         """Move the weights of `rows` to the optimum on their supports, dropping what reaches zero."""
         while len(rows):
             optimum, self.levels[rows] = self._optimum(rows)
@@ -240,7 +241,7 @@ class _SimplexFits:
             self.supports[rows] = np.where(gone, self.n, self.supports[rows])
             rows = rows[blocked]
 
-    def _optimum(self, rows: Rows) -> tuple[Matrix, Matrix]:
+    def _optimum(self, rows: Numbers) -> tuple[Matrix, Matrix]:
         """Weights on the supports of `rows` that sum to one and are optimal without bounds, (R, K), padding gets 0; and
         the gradient that all of a support then have, (R,).
         """
@@ -255,6 +256,6 @@ class _SimplexFits:
         level = (1 - free.sum(axis=1)) / unit.sum(axis=1)
         return np.asarray(free + level[:, None] * unit), np.asarray(level)
 
-    def _products(self, left: Rows, right: Rows) -> Matrix:
+    def _products(self, left: Numbers, right: Numbers) -> Matrix:
         """Entries of the Gram matrix between coefficients (R, L) and (R, K): (R, L, K)."""
         return np.take(self._gram, (left * (self.n + 1))[:, :, None] + right[:, None, :])
