@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from threading import Event, Thread
@@ -63,8 +63,11 @@ def make_parts(settings: Settings) -> Parts:
     )
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The API. Its parts exist while it runs; the reconciler and the collector run beside it."""
+def create_app(settings: Settings | None = None, started: Callable[[], object] | None = None) -> FastAPI:
+    """The API. Its parts exist while it runs; the reconciler and the collector run beside it.
+
+    started: called when all is in place.
+    """
     settings = settings or Settings()
 
     @asynccontextmanager
@@ -78,6 +81,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         threads = [Thread(target=part.run, args=(stop,), daemon=True) for part in (reconciler, collector)]
         for thread in threads:
             thread.start()
+        if started is not None:
+            started()
         yield
         stop.set()
         for thread in threads:

@@ -76,12 +76,13 @@ def api(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
 
     from service.app import create_app
     from service.core.logging import configure_logging
+    from service.core.process import settle
 
     settings = read_settings(host=host, port=port, data_dir=data_dir)
     check_listening(settings)
     configure_logging(settings.log_level)
     uvicorn.run(
-        create_app(settings),
+        create_app(settings, started=settle),
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import os
 import signal
@@ -69,6 +70,18 @@ def restart_with(module: str, wanted: dict[str, str]) -> None:
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     if missing:
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **missing})
+
+
+def settle() -> None:
+    """For a process that has started and now answers requests: what is there is there for good.
+
+    The cycle collector no longer looks at it. Looking through all objects of all libraries took 0.2 to 0.35 s, again
+    and again, in which nothing was answered. It also looks less often at what is new, nearly all of which is alive
+    when it looks and soon gone without its help.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @cache

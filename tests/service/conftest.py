@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,7 +25,9 @@ def inferring_api(own_api: LiveApi) -> Iterator[LiveApi]:
 
     own_api.stop_inference()
     socket = own_api.settings.resolved_inference_url.removeprefix("unix://")
-    server = Server(create_inference_app(own_api.settings), uds=socket, lifespan="on")
+    warm = threading.Event()
+    server = Server(create_inference_app(own_api.settings, started=warm.set), uds=socket, lifespan="on")
+    assert warm.wait(60)
     yield own_api
     server.stop()
 

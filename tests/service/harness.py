@@ -62,8 +62,10 @@ class LiveApi:
         self._inference_server = Server(
             self.inference.app, uds=settings.resolved_inference_url.removeprefix("unix://"), lifespan="off"
         )
-        self.app = create_app(settings)
+        started = threading.Event()
+        self.app = create_app(settings, started=started.set)
         self._server = Server(self.app, host="127.0.0.1", port=0)
+        assert started.is_set()
         self.port = self._server.port
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from service.core.errors import NotFound
 from service.core.ids import PREFIXES, new_id
 from service.core.logging import redact
 from service.core.migrations import upgrade
-from service.core.process import compute_environment, host_id, is_dead, usable_cores
+from service.core.process import compute_environment, host_id, is_dead, settle, usable_cores
 from service.core.settings import Settings
 from tests.workers.harness import ROOT, is_alive, wait_until
 
@@ -216,3 +217,19 @@ def test_every_library_computes_with_the_threads_asked_for() -> None:
     )
     assert set(answer.stdout.split()) == {"1"}
     assert compute_environment(0)["OMP_NUM_THREADS"] == str(usable_cores())
+
+
+def test_what_is_there_when_a_server_has_started_is_not_looked_through_again() -> None:
+    thresholds = gc.get_threshold()
+    there = [[] for _ in range(1000)]
+    try:
+        settle()
+        assert gc.get_freeze_count() >= len(there)
+        assert gc.get_threshold() > thresholds
+        ring: list[object] = []
+        ring.append(ring)
+        del ring
+        assert gc.collect() == 1  # what comes later is
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
