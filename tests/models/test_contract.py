@@ -217,11 +217,12 @@ def test_without_validation_classes_gamma_is_zero_and_says_so(name: str) -> None
 
 
 def test_predicted_embeddings_may_stand_in_for_validation_classes(name: str) -> None:
-    only_named = quick(name).model_copy(update={"folds": 1})
+    # The last epoch: of several, the best is now and then right about three classes for no reason.
+    only_named = quick(name).model_copy(update={"folds": 1, "early_stopping": False})
     own = create_classifier(name, only_named).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
     rows = DATA.seen_embeddings[[1, 5, 9]]
     same, turned = (
-        create_classifier(name, quick(name)).fit(
+        create_classifier(name, only_named).fit(
             DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=given
         )
         for given in (rows, rows[[1, 2, 0]])
