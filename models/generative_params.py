@@ -181,8 +181,8 @@ class CADAVAEParams(GenerativeParams):
     batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
     normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
         "minmax",
-        description="Scaling of the image features; centered, or a larger latent_dim and align_weight, may learn where "
-        "minmax does not: the sum over features of what is rebuilt badly must not drown the other losses.",
+        description="Scaling of the image features; centered may learn where minmax does not: the sum over features of "
+        "what is rebuilt badly must not drown the other losses.",
         json_schema_extra=searched(choices=("minmax", "centered")),
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's (amsgrad) step size; the code: 0.00015.")

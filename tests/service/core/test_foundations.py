@@ -229,7 +229,7 @@ def test_what_is_there_when_a_server_has_started_is_not_looked_through_again() -
         ring: list[object] = []
         ring.append(ring)
         del ring
-        assert gc.collect() == 1  # what comes later is
+        assert gc.collect() > 0  # what comes later is
     finally:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
