@@ -1,15 +1,19 @@
-"""Whether the inference device computes: probes, and the watchdog that ends the process."""
+"""Whether the inference device computes: probes, and the watchdog that ends the process; and callers who hang up."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
 import torch
+from starlette.requests import Request
+from starlette.responses import Response
 
+from service.core.disconnect import CLIENT_GONE
 from tests.workers.colours import RED, MeanColour, classified, resident
 from workers.engine import Engine, EngineClosed, EngineSick
-from workers.inference import watch
+from workers.inference import Handler, _answering, watch
 
 
 def test_a_probe_sends_an_image_through_the_network_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +72,18 @@ def test_the_watchdog_ends_the_process_when_the_device_stays_sick() -> None:
     for states in ((sick, sick, None, sick, sick, EngineClosed()), (None, sick, sick, sick)):
         watch(Patient(*states), every_s=0, tries=3, end=ends.append)  # type: ignore[arg-type]  # stands in for an engine
     assert ends == [70]
+
+
+def test_a_caller_who_hangs_up_while_sending_is_no_failure_of_ours() -> None:
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def read(request: Request) -> Response:
+        return Response(await request.body())
+
+    request = Request({"type": "http", "method": "POST", "path": "/classify", "headers": []}, gone)
+    assert asyncio.run(_answer(read, request)).status_code == CLIENT_GONE
+
+
+async def _answer(handler: Handler, request: Request) -> Response:
+    return await _answering(handler)(request)
