@@ -180,16 +180,19 @@ class Group:
         asked = embedder.embed(self.asked)[0]
         return float(np.mean([self._judge(embedder.seen_vectors(), asked, ridge) for ridge in RIDGES]))
 
-    def oracle(self, clusters: PatchClustering) -> float:
-        """T1 if the classes left out had their vectors from their own photos, as seen classes have (Eq. 7-8)."""
+    def own_vectors(self, clusters: PatchClustering) -> FloatArray:
+        """What the classes left out would have for vectors from their own photos, as seen classes have (Eq. 7-8)."""
         table = self._asked_patches
-        known = clusters.class_embeddings_
         images, first, count = np.unique(table.image_index, return_index=True, return_counts=True)
         of_images = np.add.reduceat(clusters.assign(table.features), first, axis=0) / count[:, None]
         labels = table.labels[images]
-        asked = np.stack([of_images[labels == c].mean(axis=0) for c in range(len(table.class_names))])
+        return np.stack([of_images[labels == c].mean(axis=0) for c in range(len(table.class_names))])
+
+    def oracle(self, clusters: PatchClustering) -> float:
+        """T1 with these vectors."""
+        known = clusters.class_embeddings_
         mean = known.mean(axis=0)
-        kept, left_out = unit_rows(known - mean), unit_rows(asked - mean)
+        kept, left_out = unit_rows(known - mean), unit_rows(self.own_vectors(clusters) - mean)
         return float(np.mean([self._judge(kept, left_out, ridge) for ridge in RIDGES]))
 
     def table(self) -> dict[str, float]:

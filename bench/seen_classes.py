@@ -5,8 +5,9 @@
 
 A draw leaves some seen classes out and learns from some of the others, a fifth of which choose epochs; T1 in percent is
 among those left out, on their training images. `--kept` keeps a share of the learned classes' images out of training,
-for S, and shows H. Every method gets the same draws. Test rows are never read. Features of photos are kept in
-bench/out/.
+for S, and shows H. `--turned` turns all features about their mean by a random rotation, which leaves distances as they
+are and no feature with an end at 0. Every method gets the same draws. Test rows are never read. Features of photos are
+kept in bench/out/.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ def load_embeddings(path: Path, names: Sequence[str]) -> FloatArray:
     vectors: FloatArray = stored[next(key for key in stored if stored[key].ndim == 2)].astype(np.float32)
     known = [str(name) for name in stored[next(key for key in stored if "name" in key and stored[key].ndim == 1)]]
     return vectors[[known.index(name) for name in names]]
+
+
+def turned(features: FloatArray) -> FloatArray:
+    """The features (N, D) about their mean, in the axes of a random rotation."""
+    n_features = features.shape[1]
+    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((n_features, n_features)))[0]
+    return np.asarray((features - features.mean(axis=0)) @ axes, np.float32)
 
 
 def parse_method(text: str) -> tuple[str, Params]:
@@ -124,6 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--kept", type=float, default=0.0, metavar="SHARE", help="of the learned classes' images, for H"
     )
+    parser.add_argument("--turned", action="store_true", help="turn the features by a random rotation first")
     parser.add_argument("--methods", nargs="+", required=True, help="name:key=value,...")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--weights-dir", type=Path, default=Path("../shared/weights"))
@@ -131,6 +140,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = asked.data / asked.dataset
     rows = load_training_rows(folder, asked.weights_dir / WEIGHTS)
+    if asked.turned:
+        rows = (turned(rows[0]), *rows[1:])
     embeddings = load_embeddings(folder / "knowledge" / f"{asked.knowledge}.npz", rows[2])
     for count in asked.counts:
         for method in asked.methods:

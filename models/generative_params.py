@@ -28,8 +28,9 @@ class GenerativeParams(EpochParams):
     learning_rate: float = Field(
         5e-4, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 3e-3, log=True)
     )
-    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
-        "minmax", description="Scaling of the image features."
+    # Wider than other methods': `fit` settles it before anything scales.
+    normalize: Literal["auto", "centered", "zscore", "minmax", "l2", "none"] = Field(  # type: ignore[assignment]
+        "minmax", description="Scaling of the image features; auto is minmax: what is generated lies in [0, 1]."
     )
     folds: int = Field(
         0,
@@ -78,10 +79,10 @@ class GANParams(GenerativeParams):
 class UnboundedGANParams(GANParams):
     """What those take whose generator may make numbers outside [0, 1]."""
 
-    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
-        "minmax",
-        description="Scaling of the image features; zscore may learn where minmax does not.",
-        json_schema_extra=searched(choices=("minmax", "zscore")),
+    normalize: Literal["auto", "centered", "zscore", "minmax", "l2", "none"] = Field(
+        "auto",
+        description="Scaling of the image features; auto: zscore where one of them is negative, else minmax.",
+        json_schema_extra=searched(choices=("auto", "zscore")),
     )
 
 
@@ -179,11 +180,11 @@ class CADAVAEParams(GenerativeParams):
         "align_ramp end.",
     )
     batch_size: int = Field(50, ge=2, le=65_536, description="Images a step.")
-    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
-        "minmax",
-        description="Scaling of the image features; centered may learn where minmax does not: the sum over features of "
-        "what is rebuilt badly must not drown the other losses.",
-        json_schema_extra=searched(choices=("minmax", "centered")),
+    normalize: Literal["auto", "centered", "zscore", "minmax", "l2", "none"] = Field(
+        "auto",
+        description="Scaling of the image features; auto: centered where one of them is negative, else minmax. The sum "
+        "over features of what is rebuilt badly must not drown the other losses.",
+        json_schema_extra=searched(choices=("auto", "centered")),
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's (amsgrad) step size; the code: 0.00015.")
     center_embeddings: bool = Field(

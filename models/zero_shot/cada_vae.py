@@ -65,6 +65,7 @@ class CADAVAE(GenerativeModel):
     method: ClassVar[str] = "cada_vae"
     params_class: ClassVar[type[Params]] = CADAVAEParams
     params: CADAVAEParams
+    signed_scaling = "centered"
     network: AlignedVAEs
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:

@@ -31,6 +31,7 @@ class FCLSWGAN(GenerativeModel):
     method: ClassVar[str] = "f_clswgan"
     params_class: ClassVar[type[Params]] = FCLSWGANParams
     params: FCLSWGANParams
+    signed_scaling = "zscore"
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
         return perceptron_generator(self.params, feature_dim, embedding_dim, generator)

@@ -9,20 +9,21 @@ Letters in trailing comments: B images of a step, C classes, D features, E embed
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.base import FloatArray, IntArray, OnProgress
+from models.base import FloatArray, IntArray, LabelledFeatures, OnProgress
 from models.evaluation import zsl_report
 from models.generative_params import GANParams, GenerativeParams
 from models.params import Params
 from models.precision import mixed
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Chance, Run
+from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.epochs import REACH, EpochModel
 from models.zero_shot.final import (
     SHRINKAGES,
@@ -35,6 +36,7 @@ from models.zero_shot.final import (
 )
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import TrainingData
+from models.zero_shot.scaling import Scaling
 
 PART_ROWS = 8192
 _FINAL, _SEEN, _SHIFT = "final/", "seen_embeddings", "shift"
@@ -44,6 +46,8 @@ class GenerativeModel(EpochModel):
     """Generates features of classes without images, and learns a final classifier on these and real ones."""
 
     params: GenerativeParams
+    signed_scaling: ClassVar[Scaling] = "minmax"
+    """What `normalize: auto` is where features can be negative; else it is minmax."""
 
     # -- what a method writes ------------------------------------------------------------------------------------------
 
@@ -72,6 +76,21 @@ class GenerativeModel(EpochModel):
     def __init__(self, params: Params | None = None, *, seed: int = 0, device: str = "cpu") -> None:
         super().__init__(params, seed=seed, device=device)
         self.is_joint = make_final(self.params, seed).is_joint
+
+    def _prepared(
+        self,
+        features: LabelledFeatures,
+        class_embeddings: FloatArray,
+        validation_classes: Sequence[str],
+        validation_embeddings: FloatArray | EmbeddingsOf | None,
+    ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
+        prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+        if self.params.normalize == "auto":
+            # What ends in a ReLU is 0 where a feature says nothing, and minmax keeps that. Other features have no such
+            # end: squeezed into [0, 1] all rows lie about the middle, and what tells classes apart is lost in noise.
+            scaling = self.signed_scaling if prepared[0].min() < 0 else "minmax"
+            self.params = self.params.model_copy(update={"normalize": scaling})
+        return prepared
 
     def _epochs(self, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         weights = torch.Generator().manual_seed(self.seed)

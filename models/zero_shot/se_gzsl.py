@@ -39,6 +39,7 @@ class SEGZSL(GenerativeModel):
     method: ClassVar[str] = "se_gzsl"
     params_class: ClassVar[type[Params]] = SEGZSLParams
     params: SEGZSLParams
+    signed_scaling = "zscore"
     network: SemanticGenerator
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:

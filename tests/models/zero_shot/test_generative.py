@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional
 
+from models.catalog import get_method
 from models.evaluation import mean_per_class_accuracy
 from models.generative_params import FCLSWGANParams, FVAEGANParams, GANParams, GenerativeParams
-from models.zero_shot.base import load_classifier
+from models.zero_shot.base import create_classifier, load_classifier
 from models.zero_shot.f_clswgan import FCLSWGAN
 from models.zero_shot.f_vaegan import FVAEGAN
 from models.zero_shot.final import SHRINKAGES, Competing, LinearDiscriminants, RealRows, make_final, match_seen
@@ -248,3 +250,26 @@ def test_width_of_the_noise_is_that_of_the_embedding_unless_given() -> None:
         params = FCLSWGANParams.model_validate({**SMALL, "epochs": 1, "noise_dim": given})
         model = FCLSWGAN(params).fit(DATA.train, DATA.seen_embeddings)
         assert model.network.state_dict()["0.weight"].shape == (48, wanted + 8)
+
+
+@pytest.mark.parametrize(
+    ("method", "if_signed"), [("f_clswgan", "zscore"), ("se_gzsl", "zscore"), ("cada_vae", "centered")]
+)
+def test_scaling_is_settled_by_whether_features_can_be_negative(method: str, if_signed: str, tmp_path: Path) -> None:
+    schema = get_method(method, "classifier").params
+    few = {"epochs": 1, "steps_per_epoch": 1, "hidden_dim": 8, "folds": 1, "decomposition_epochs": 1}
+    params = schema.model_validate({name: value for name, value in few.items() if name in schema.model_fields})
+    assert DATA.train.features.min() == 0
+    for offset, wanted in ((0, "minmax"), (1, if_signed)):
+        rows = replace(DATA.train, features=DATA.train.features - offset)
+        model = create_classifier(method, params).fit(rows, DATA.seen_embeddings, validation_classes=VALIDATION)
+        model.save(tmp_path / wanted)
+        loaded = load_classifier(tmp_path / wanted)
+        asked = params.model_copy(update={"normalize": wanted})
+        assert model.params == loaded.params == asked
+        same = create_classifier(method, asked).fit(rows, DATA.seen_embeddings, validation_classes=VALIDATION)
+        found = [each.scores(rows.features, DATA.seen_embeddings) for each in (model, loaded, same)]
+        assert np.array_equal(found[0], found[1])
+        assert np.array_equal(found[0], found[2])
+        told = create_classifier(method, params).assess(rows, DATA.seen_embeddings, validation_classes=VALIDATION)
+        assert told["t1"] == model.validation_["t1"]
