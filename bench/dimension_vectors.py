@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,18 +34,19 @@ from models.params import ALL_NEIGHBORS, RelationParams
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.scen import SCEN, train_scen
 
+Form = Literal["centred", "fused"]
 FEW = 50
 """Seen classes below which relations are SMO's, as `auto` has it on such sets."""
 PART = 64
 
 
-def starts(clusters: PatchClustering, features: FloatArray) -> dict[str, FloatArray | None]:
-    """Where v_n may start, (E, V) each: nowhere in particular, at what each cluster answers to, or at its centre."""
-    heads = clusters.heads_
-    answers_to = (heads.clusters.weight / heads.scale).detach().numpy()
+def starts(clusters: PatchClustering, features: FloatArray, n_dims: int) -> dict[str, FloatArray | None]:
+    """Where v_n may start, (n_dims, V) each: at random, at what each answers to, at its cluster's centre."""
+    found = {"random": None, "directions": clusters.heads_.directions()[:n_dims].numpy()}
     shares = clusters.assign(features)  # (P, E)
-    centres = shares.T @ features / shares.sum(axis=0)[:, None]
-    return {"random": None, "rows of H": answers_to, "centres of clusters": centres}
+    if n_dims == shares.shape[1]:
+        found["centres"] = shares.T @ features / shares.sum(axis=0)[:, None]
+    return found
 
 
 class Stage:
@@ -99,16 +101,18 @@ def _t1(scores: FloatArray, labels: IntArray) -> float:
     return 100 * float((right / np.bincount(labels)).mean())
 
 
-def vectors_of(group: Group, clusters: PatchClustering) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Vectors of the classes kept, and of those left out: composed, and from their own photos."""
+def vectors_of(group: Group, clusters: PatchClustering, form: Form) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """Vectors of the classes kept, and of those left out: composed, and, of clusters alone, from their own photos."""
     is_small = len(group.images.class_names) < FEW
     relation: Relation = "smo" if is_small else "wavg"
     of_few, of_many = {"ridge": 1.0}, {"n_neighbors": ALL_NEIGHBORS, "eta": 10.0}
-    params = RelationParams(form="centred", **(of_few if is_small else of_many))
+    params = RelationParams(form=form, **(of_few if is_small else of_many))
     names, known = group.images.class_names, clusters.class_embeddings_
     embedder = ClassEmbedder(names, known, group.knowledge, relation, params)
-    own = group.own_vectors(clusters) - known.mean(axis=0)
-    return embedder.seen_vectors(), {"composed": embedder.embed(group.asked)[0], "own photos": own}
+    wanted: dict[str, FloatArray] = {"composed": embedder.embed(group.asked)[0]}
+    if form == "centred":
+        wanted["own photos"] = group.own_vectors(clusters) - known.mean(axis=0)
+    return embedder.seen_vectors(), wanted
 
 
 def main() -> None:
@@ -117,6 +121,9 @@ def main() -> None:
     parser.add_argument("dataset")
     parser.add_argument("knowledge")
     parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument(
+        "--form", choices=["centred", "fused"], default="centred", help="fused: knowledge beside clusters"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--weights-dir", type=Path, default=Path("../shared/weights"))
@@ -134,9 +141,9 @@ def main() -> None:
         group = Group(photos, left_out, seed)
         group.ask(knowledge)
         clusters = group.clusters("VGSE")
-        seen, wanted = vectors_of(group, clusters)
+        seen, wanted = vectors_of(group, clusters, asked.form)
         stage = Stage(maps, channels, photos, left_out, seed)
-        for name, vectors in starts(clusters, group.patches.features.astype(np.float32)).items():
+        for name, vectors in starts(clusters, group.patches.features.astype(np.float32), seen.shape[1]).items():
             found = stage.judged(stage.learned(seen, vectors, params), wanted)
             lines.setdefault(name, []).append(found)
             print(seed, name, json.dumps({key: round(value, 2) for key, value in found.items()}), flush=True)

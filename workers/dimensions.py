@@ -8,12 +8,14 @@ import numpy as np
 
 from models.base import FloatArray
 from models.catalog import get_method
+from models.embedding.storage import HEADS_FILE, MANIFEST_FILE, load_heads
 from models.errors import InvalidInput
 from models.knowledge.tables import ClassTable
 from service.core import repositories
-from service.core.tables import Classifier, Knowledge
+from service.core.tables import EmbeddingSet, Knowledge
 from workers.runner import TaskContext
-from workers.sources import open_knowledge
+from workers.sources import open_knowledge, unpack
+from workers.training_inputs import Inputs
 
 MAX_TOLD = 10
 
@@ -27,16 +29,18 @@ class Dimensions:
     warnings: tuple[str, ...] = ()
 
 
-def read_dimensions(context: TaskContext, row: Classifier, knowledge: Knowledge, n_dims: int) -> Dimensions:
+def read_dimensions(context: TaskContext, inputs: Inputs, n_dims: int) -> Dimensions:
     """The request's names, else those of a knowledge source whose vectors are used as they are; vectors by name.
 
-    Where the request names no source of vectors, those that came with the attributes' table serve. Names without a
-    vector get a random one: it is learned in any case. InvalidInput where no name is known, or the number is wrong.
+    Where the request names no source of vectors, those that came with the attributes' table serve, and for an embedding
+    set of VGSE what its clusters answer to in features. Names without a vector get a random one: it is learned in any
+    case. InvalidInput where no name is known, or the number is wrong.
     """
+    row = inputs.row
     names: tuple[str, ...] | None = None
     own: FloatArray | None = None
-    if row.embedding_set_id is None and knowledge.kind == "attributes":
-        table = open_knowledge(knowledge, context.store, context.settings)
+    if row.embedding_set_id is None and inputs.knowledge.kind == "attributes":
+        table = open_knowledge(inputs.knowledge, context.store, context.settings)
         if isinstance(table, ClassTable):
             names, own = table.attribute_names, table.attribute_vectors
     if (asked := row.request.get("dimension_names")) is not None:
@@ -49,10 +53,20 @@ def read_dimensions(context: TaskContext, row: Classifier, knowledge: Knowledge,
     if not get_method(row.method, "classifier").takes_dimension_vectors:
         return Dimensions(names, None)
     if source is None:
-        return Dimensions(names, own)
+        return Dimensions(names, own if own is not None else _of_clusters(context, inputs.embedding_set, n_dims))
     if names is None:
         raise InvalidInput("Nothing says what the dimensions are called: give their names.", field="dimension_names")
     return _looked_up(context, source, names, row.request["seed"])
+
+
+def _of_clusters(context: TaskContext, embedding_set: EmbeddingSet | None, n_dims: int) -> FloatArray | None:
+    """Directions of VGSE's clusters, and of knowledge where embeddings hold it too; (n_dims, D)."""
+    if embedding_set is None or HEADS_FILE not in embedding_set.artifacts:
+        return None
+    files = (HEADS_FILE, MANIFEST_FILE)
+    directory = unpack(context.store, embedding_set.artifacts, files, context.scratch_dir / "clusters")
+    found: FloatArray = load_heads(directory)[0].directions().numpy()
+    return found[:n_dims] if n_dims <= len(found) else None
 
 
 def _looked_up(context: TaskContext, source: str, names: tuple[str, ...], seed: int) -> Dimensions:

@@ -83,7 +83,7 @@ def train_classifier(context: TaskContext) -> Publisher:
     context.progress.set_phases([*PHASES[:2], *searching, *PHASES[2:], *watching])
     embeddings, warnings = class_embeddings(context, inputs)
     tables = image_tables(context, inputs, device)
-    dimensions = read_dimensions(context, inputs.row, inputs.knowledge, embeddings.shape[1])
+    dimensions = read_dimensions(context, inputs, embeddings.shape[1])
     chosen_on: dict[str, Any] = {
         "validation_classes": inputs.validation,
         "validation_embeddings": embeddings_as_unseen(context, inputs),

@@ -50,6 +50,15 @@ class ClusterHeads(nn.Module):
         source = scores if self.head_input == "logits" else assignments * assignments.shape[1]
         return self.classes(source), self.knowledge(source)
 
+    @torch.no_grad()
+    def directions(self) -> Tensor:
+        """Of each cluster, then of each number of the knowledge, the direction in features that it answers to.
+
+        (E + Dw, D), of length 1: rows of H, and of S read through H as if assignments were scores.
+        """
+        clusters = self.clusters.weight / self.scale
+        return functional.normalize(torch.cat([clusters, self.knowledge.weight @ clusters]), dim=1)
+
 
 def seeded_heads(
     centre: Tensor,

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from models.embedding.storage import HEADS_FILE, MANIFEST_FILE, load_heads
 from models.zero_shot.base import load_classifier
 from models.zero_shot.sc_egg import SCEGG
 from service.answers import AttentionOut
 from service.client import Client
-from service.core.tables import Classifier
+from service.core.tables import Classifier, EmbeddingSet
+from service.schemas import JobOut
 from tests.service.harness import LiveApi, checked, png, problem
-from tests.service.tasks import VECTORS, knowledge, trained_classifier
+from tests.service.tasks import NETWORK, VECTORS, finish, knowledge, trained_classifier
+from workers.embedding import build_embedding_set
 from workers.library import CLASSIFIER_FILES
 from workers.sources import unpack
 
@@ -115,6 +120,36 @@ def test_names_of_the_request_go_before_and_methods_without_places_are_refused(i
     assert sorted(entry["name"] for entry in found["dimensions"]) == ["a", "b", "c"]
     other = trained(inferring_api, "sje", knowledge_id=knowledge(inferring_api, VECTORS))
     problem(inferring_api.client.post(url(other["id"]), content=png(9), headers=RAW), 422, "no attention maps")
+
+
+@pytest.mark.parametrize(("form", "n_dims"), [("plain", 4), ("fused", 7)])
+def test_clusters_without_names_start_at_what_they_answer_to(
+    live_api: LiveApi, tmp_path: Path, form: str, n_dims: int
+) -> None:
+    parts = {
+        "backbone": NETWORK,
+        "patches": {"method": "grid", "n_patches": 4, "size": 32},
+        "clustering": {"n_clusters": 4, "n_neighbors": 2, "epochs": 1},
+        "relation": {"form": form},
+    }
+    dataset, words = live_api.filled_dataset({"cat": 4, "dog": 4}), knowledge(live_api)
+    body = {"dataset_id": dataset, "knowledge_id": words, "unseen_classes": ["zebra"], "relation": "wavg"}
+    job = checked(live_api.client.post("/v1/embedding-sets", json={**body, "params": parts}), JobOut, 202)
+    assert finish(live_api, job["id"], {"build_embedding_set": build_embedding_set})["status"] == "succeeded"
+    of_set = {"dataset_id": dataset, "knowledge_id": None, "embedding_set_id": job["resource"]["id"]}
+    row = trained(live_api, **of_set, image_size=32)
+
+    store, database = live_api.parts.store, live_api.parts.database
+    with database.read() as session:
+        ours = session.get_one(Classifier, row["id"]).artifacts
+        sets = session.get_one(EmbeddingSet, of_set["embedding_set_id"]).artifacts
+    model = load_classifier(unpack(store, ours, CLASSIFIER_FILES, tmp_path / "classifier"))
+    heads = load_heads(unpack(store, sets, (HEADS_FILE, MANIFEST_FILE), tmp_path / "set"))[0]
+    assert isinstance(model, SCEGG)
+    wanted = heads.directions()[:n_dims]
+    wanted = torch.nn.functional.normalize(wanted - wanted.mean(dim=0), dim=1)
+    assert len(wanted) == n_dims
+    torch.testing.assert_close(model.scen.vectors, wanted, atol=1e-3, rtol=0)
 
 
 def test_vectors_and_names_that_do_not_fit_are_told_before_a_job_is_queued(start_api: Callable[..., LiveApi]) -> None:

@@ -52,6 +52,20 @@ def test_clusters_are_the_parts_that_patches_show(fitted: tuple[PatchClustering,
     assert np.corrcoef(visual, semantic)[0, 1] > 0.6
 
 
+def test_directions_are_where_scores_of_clusters_and_the_knowledge_read_of_them_rise(
+    fitted: tuple[PatchClustering, PatchTable, FloatArray],
+) -> None:
+    model, table, knowledge = fitted
+    heads = model.heads_
+    patch = torch.from_numpy(np.asarray(table.features[:1], np.float32)).requires_grad_()
+    scores = heads(patch)[0]
+    answers = torch.cat([scores, heads.knowledge(scores)], dim=1)[0]
+    rises = torch.stack([torch.autograd.grad(answer, patch, retain_graph=True)[0][0] for answer in answers])
+    found = heads.directions()
+    assert found.shape == (16 + knowledge.shape[1], table.features.shape[1])
+    torch.testing.assert_close(found, torch.nn.functional.normalize(rises, dim=1), atol=1e-5, rtol=0)
+
+
 def test_training_lowers_every_loss(fitted: tuple[PatchClustering, PatchTable, FloatArray]) -> None:
     model, _, _ = fitted
     stages = [entry["stage"] for entry in model.history_]
