@@ -41,12 +41,18 @@ PART = 64
 
 
 def starts(clusters: PatchClustering, features: FloatArray, n_dims: int) -> dict[str, FloatArray | None]:
-    """Where v_n may start, (n_dims, V) each: at random, at what each answers to, at its cluster's centre."""
-    found = {"random": None, "directions": clusters.heads_.directions()[:n_dims].numpy()}
+    """Where v_n may start, (n_dims, V) each: at random, at what each answers to, at its cluster's centre.
+
+    Numbers of the knowledge, beside clusters in the fused form, answer to what S reads of clusters, through H.
+    """
+    heads = clusters.heads_
+    rows = heads.directions()  # (E, D)
+    if n_dims > len(rows):
+        read = torch.nn.functional.normalize(heads.knowledge.weight.detach() @ rows, dim=1)  # (Dw, D)
+        return {"random": None, "directions": torch.cat([rows, read]).numpy()}
     shares = clusters.assign(features)  # (P, E)
-    if n_dims == shares.shape[1]:
-        found["centres"] = shares.T @ features / shares.sum(axis=0)[:, None]
-    return found
+    centres = shares.T @ features / shares.sum(axis=0)[:, None]
+    return {"random": None, "directions": rows.numpy(), "centres": centres}
 
 
 class Stage:

@@ -301,8 +301,8 @@ class ClassifierCreate(Body):
     dimension_knowledge_id: Id | None = Field(
         None,
         description="For methods that give each dimension a vector (sc_egg): where these vectors start, looked up by "
-        "the dimensions' names. Default: what came with the attributes' table, or what an embedding set's clusters "
-        "answer to, else random ones.",
+        "the dimensions' names. Default: what came with the attributes' table, or what clusters answer to where "
+        "embeddings hold nothing else, else random ones.",
     )
     backbone: BackboneParams | None = Field(None, description="Default: the embedding set's.")
     scratch: ScratchParams | None = Field(None, description="How a backbone with weights=scratch is trained.")

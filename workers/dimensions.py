@@ -33,8 +33,8 @@ def read_dimensions(context: TaskContext, inputs: Inputs, n_dims: int) -> Dimens
     """The request's names, else those of a knowledge source whose vectors are used as they are; vectors by name.
 
     Where the request names no source of vectors, those that came with the attributes' table serve, and for an embedding
-    set of VGSE what its clusters answer to in features. Names without a vector get a random one: it is learned in any
-    case. InvalidInput where no name is known, or the number is wrong.
+    set of VGSE's clusters alone what these answer to in features. Names without a vector get a random one: it is
+    learned in any case. InvalidInput where no name is known, or the number is wrong.
     """
     row = inputs.row
     names: tuple[str, ...] | None = None
@@ -60,13 +60,13 @@ def read_dimensions(context: TaskContext, inputs: Inputs, n_dims: int) -> Dimens
 
 
 def _of_clusters(context: TaskContext, embedding_set: EmbeddingSet | None, n_dims: int) -> FloatArray | None:
-    """Directions of VGSE's clusters, and of knowledge where embeddings hold it too; (n_dims, D)."""
+    """Directions of VGSE's clusters, (n_dims, D); none where embeddings hold other numbers beside them."""
     if embedding_set is None or HEADS_FILE not in embedding_set.artifacts:
         return None
     files = (HEADS_FILE, MANIFEST_FILE)
     directory = unpack(context.store, embedding_set.artifacts, files, context.scratch_dir / "clusters")
     found: FloatArray = load_heads(directory)[0].directions().numpy()
-    return found[:n_dims] if n_dims <= len(found) else None
+    return found if len(found) == n_dims else None
 
 
 def _looked_up(context: TaskContext, source: str, names: tuple[str, ...], seed: int) -> Dimensions:

@@ -52,12 +52,8 @@ class ClusterHeads(nn.Module):
 
     @torch.no_grad()
     def directions(self) -> Tensor:
-        """Of each cluster, then of each number of the knowledge, the direction in features that it answers to.
-
-        (E + Dw, D), of length 1: rows of H, and of S read through H as if assignments were scores.
-        """
-        clusters = self.clusters.weight / self.scale
-        return functional.normalize(torch.cat([clusters, self.knowledge.weight @ clusters]), dim=1)
+        """The direction in features that each cluster answers to, (E, D) of length 1: rows of H."""
+        return functional.normalize(self.clusters.weight / self.scale, dim=1)
 
 
 def seeded_heads(

@@ -52,17 +52,15 @@ def test_clusters_are_the_parts_that_patches_show(fitted: tuple[PatchClustering,
     assert np.corrcoef(visual, semantic)[0, 1] > 0.6
 
 
-def test_directions_are_where_scores_of_clusters_and_the_knowledge_read_of_them_rise(
+def test_directions_are_where_scores_of_clusters_rise(
     fitted: tuple[PatchClustering, PatchTable, FloatArray],
 ) -> None:
-    model, table, knowledge = fitted
-    heads = model.heads_
+    model, table, _ = fitted
     patch = torch.from_numpy(np.asarray(table.features[:1], np.float32)).requires_grad_()
-    scores = heads(patch)[0]
-    answers = torch.cat([scores, heads.knowledge(scores)], dim=1)[0]
-    rises = torch.stack([torch.autograd.grad(answer, patch, retain_graph=True)[0][0] for answer in answers])
-    found = heads.directions()
-    assert found.shape == (16 + knowledge.shape[1], table.features.shape[1])
+    scores = model.heads_(patch)[0][0]
+    rises = torch.stack([torch.autograd.grad(score, patch, retain_graph=True)[0][0] for score in scores])
+    found = model.heads_.directions()
+    assert found.shape == (16, table.features.shape[1])
     torch.testing.assert_close(found, torch.nn.functional.normalize(rises, dim=1), atol=1e-5, rtol=0)
 
 
