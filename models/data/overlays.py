@@ -33,8 +33,16 @@ def sheet(tiles: Sequence[Tile], *, per_row: int = _PER_ROW, side: int = SIDE) -
         x, y = number % per_row * side, number // per_row * (side + _TITLE)
         photo = tile.photo.convert("RGB").resize((side, side))
         found.paste(photo if tile.places is None else overlaid(photo, tile.places), (x, y))
-        pen.text((x + 3, y + side + 2), tile.title[: side // 6], fill="black", font=font)
+        pen.text((x + 3, y + side + 2), _fitting(tile.title, font, side - 6), fill="black", font=font)
     return found
+
+
+def _fitting(title: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """As much of the title as `width` pixels hold."""
+    if font.getlength(title) <= width:
+        return title
+    kept = max((n for n in range(len(title)) if font.getlength(title[:n] + "…") <= width), default=0)
+    return title[:kept].rstrip() + "…"
 
 
 def overlaid(photo: Image.Image, places: FloatArray) -> Image.Image:
