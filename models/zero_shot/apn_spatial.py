@@ -36,7 +36,6 @@ from models.spatial_params import APNSpatialParams
 from models.zero_shot.attention import AttentionMaps, check_pairs, map_channels
 from models.zero_shot.bilinear import INITIAL_WEIGHT
 from models.zero_shot.checkpoints import Run
-from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import GradientModel, TrainingData
 from models.zero_shot.scaling import Scaling, unit_rows
@@ -200,19 +199,12 @@ class APNSpatial(GradientModel):
 
     # -- what it is given ----------------------------------------------------------------------------------------------
 
-    def _prepared(
-        self,
-        features: LabelledFeatures,
-        class_embeddings: FloatArray,
-        validation_classes: Sequence[str],
-        validation_embeddings: FloatArray | EmbeddingsOf | None,
-    ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
-        prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+    def _meet(self, features: LabelledFeatures, embeddings: FloatArray) -> None:
+        super()._meet(features, embeddings)
         given = features.tail if isinstance(features, TrunkFeatures) else None
         self._tail = given if self.params.mode == "finetune" else None
         self._channels = _checked_channels(features, self._tail, self.params.mode)
-        _group_rows(self.params.attribute_groups, prepared[1].shape[1], "cpu")
-        return prepared
+        _group_rows(self.params.attribute_groups, embeddings.shape[1], "cpu")
 
     def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
         digest = hashlib.sha256(f"{super()._identity(raw, labels, folds)} {self._channels} ".encode())

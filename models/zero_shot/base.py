@@ -254,14 +254,15 @@ class ZeroShotModel(ABC):
         held_classes = positions(names, validation_classes)
         is_table = validation_embeddings is not None and not callable(validation_embeddings)
         n_folds = 1 if is_table else int(getattr(self.params, "folds", 1))
-        return (
-            raw,
-            embeddings,
-            [
-                (fold, as_unseen(embeddings, fold, names, validation_embeddings))
-                for fold in class_folds(len(names), held_classes, n_folds, self.seed)
-            ],
-        )
+        folds = [
+            (fold, as_unseen(embeddings, fold, names, validation_embeddings))
+            for fold in class_folds(len(names), held_classes, n_folds, self.seed)
+        ]
+        self._meet(features, embeddings)
+        return raw, embeddings, folds
+
+    def _meet(self, features: LabelledFeatures, embeddings: FloatArray) -> None:  # noqa: B027 - most have no need
+        """Take in what a method needs to know of checked training features and unit embeddings before it learns."""
 
     def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
         """Digest of all that decides a fit."""

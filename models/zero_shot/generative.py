@@ -9,7 +9,7 @@ Letters in trailing comments: B images of a step, C classes, D features, E embed
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,6 @@ from models.params import Params
 from models.precision import mixed
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Chance, Run
-from models.zero_shot.checks import EmbeddingsOf
 from models.zero_shot.epochs import REACH, EpochModel
 from models.zero_shot.final import (
     SHRINKAGES,
@@ -77,20 +76,13 @@ class GenerativeModel(EpochModel):
         super().__init__(params, seed=seed, device=device)
         self.is_joint = make_final(self.params, seed).is_joint
 
-    def _prepared(
-        self,
-        features: LabelledFeatures,
-        class_embeddings: FloatArray,
-        validation_classes: Sequence[str],
-        validation_embeddings: FloatArray | EmbeddingsOf | None,
-    ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
-        prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+    def _meet(self, features: LabelledFeatures, embeddings: FloatArray) -> None:
+        super()._meet(features, embeddings)
         if self.params.normalize == "auto":
             # What ends in a ReLU is 0 where a feature says nothing, and minmax keeps that. Other features have no such
             # end: squeezed into [0, 1] all rows lie about the middle, and what tells classes apart is lost in noise.
-            scaling = self.signed_scaling if prepared[0].min() < 0 else "minmax"
+            scaling = self.signed_scaling if np.min(features.features) < 0 else "minmax"
             self.params = self.params.model_copy(update={"normalize": scaling})
-        return prepared
 
     def _epochs(self, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         weights = torch.Generator().manual_seed(self.seed)

@@ -181,16 +181,9 @@ class SCEGG(GenerativeModel):
             found[start : start + size] = self.scen.scaled(compressed).cpu().numpy()
         return found
 
-    def _prepared(
-        self,
-        features: LabelledFeatures,
-        class_embeddings: FloatArray,
-        validation_classes: Sequence[str],
-        validation_embeddings: FloatArray | EmbeddingsOf | None,
-    ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
-        prepared = super()._prepared(features, class_embeddings, validation_classes, validation_embeddings)
+    def _meet(self, features: LabelledFeatures, embeddings: FloatArray) -> None:
+        super()._meet(features, embeddings)
         self._channels = map_channels(features, "SC-EGG", "another method")
-        return prepared
 
     def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
         vectors = b"" if self._vectors is None else self._vectors.tobytes()
