@@ -28,10 +28,10 @@ class GenerativeParams(EpochParams):
     learning_rate: float = Field(
         5e-4, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 3e-3, log=True)
     )
-    # Wider than other methods': `fit` settles it before anything scales.
-    normalize: Literal["auto", "centered", "zscore", "minmax", "l2", "none"] = Field(  # type: ignore[assignment]
-        "minmax", description="Scaling of the image features; auto is minmax: what is generated lies in [0, 1]."
+    normalize: Literal["auto", "centered", "zscore", "minmax", "l2", "none"] = Field(  # type: ignore[assignment] # wider
+        "auto", description="Scaling of the image features."
     )
+    """Wider than other methods': `fit` settles `auto` before anything scales."""
     folds: int = Field(
         0,
         ge=0,
@@ -96,6 +96,9 @@ class FCLSWGANParams(UnboundedGANParams):
 class FVAEGANParams(GANParams):
     """Feature-generating VAE and GAN with one decoder, inductive."""
 
+    normalize: Literal["centered", "zscore", "minmax", "l2", "none"] = Field(
+        "minmax", description="Scaling of the image features; what is generated lies in [0, 1]."
+    )
     learning_rate: float = Field(
         2e-3, gt=0, le=10, description="Adam's step size.", json_schema_extra=searched(1e-4, 1e-2, log=True)
     )

@@ -46,7 +46,7 @@ class GenerativeModel(EpochModel):
 
     params: GenerativeParams
     signed_scaling: ClassVar[Scaling] = "minmax"
-    """What `normalize: auto` is where features can be negative; else it is minmax."""
+    """What `normalize: auto`, where a method takes it, is if features can be negative; else it is minmax."""
 
     # -- what a method writes ------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from models.errors import InvalidInput, ShapeMismatch
 
 for library in ("onnxscript", "openvino", "onnxruntime"):
     if library == "openvino":  # as the product imports it
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not to be found
     pytest.importorskip(library, reason="the extras 'openvino' and 'onnx' are not installed")
 SIZE = 48
 RUNTIMES: tuple[BackendName, ...] = ("openvino", "onnxruntime")
