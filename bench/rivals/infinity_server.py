@@ -1,6 +1,10 @@
 """The same through Infinity, which serves models of transformers: the network in the clothes of a CLIP image tower.
 
 THREADS=2 WEIGHTS=FILE NETWORK=mobilenet_v2 PORT=9003 python bench/rivals/infinity_server.py
+
+Its own bounds let in libraries of today with which it does not start, or answers 500. It runs with infinity-emb[all]
+0.0.77, transformers 4.47.1, optimum 1.23.3, sentence-transformers 3.3.1, fastapi 0.115.6, starlette 0.41.3,
+prometheus-fastapi-instrumentator 7.0.0, pydantic 2.10.6, and without datasets and colpali-engine.
 """
 
 from __future__ import annotations
