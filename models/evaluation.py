@@ -95,10 +95,14 @@ class GZSLReport:
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation; a part is None where the test images it needs are missing."""
+    """One evaluation; a part is None where the test images it needs are missing.
+
+    seen_t1: T1 of seen test images ranked among seen classes alone, as in recognition without unseen classes.
+    """
 
     zsl: ZSLReport | None
     gzsl: GZSLReport | None
+    seen_t1: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON."""
@@ -266,7 +270,9 @@ def evaluate(
     gamma: float = 0.0,
     temperature: float | None = None,
 ) -> Report:
-    """T1 where there are unseen test images; U, S, H where there are seen ones too. None of them may be training rows.
+    """T1 where there are unseen test images, T1 among seen classes where there are seen ones; U, S, H where both are.
+
+    None of them may be training rows.
 
     With `temperature`, softmax(scores / temperature) is held against the truth too (ece).
 
@@ -274,7 +280,7 @@ def evaluate(
     of a seen class in `test_unseen` or the other way round (InvalidInput).
     """
     unseen = np.flatnonzero(~classes.is_seen)
-    zsl = gzsl = None
+    zsl = gzsl = both = None
     unseen_rows = _rows(test_unseen, classes, seen=False)
     seen_rows = _rows(test_seen, classes, seen=True)
     if unseen_rows is not None:
@@ -287,7 +293,18 @@ def evaluate(
             both = model.scores(np.concatenate([features, seen_rows[0]]), classes.embeddings)
             all_labels = np.concatenate([labels, seen_rows[1]])
             gzsl = gzsl_report(both, all_labels, classes.names, classes.is_seen, gamma, temperature)
-    return Report(zsl, gzsl)
+    return Report(zsl, gzsl, None if seen_rows is None else _seen_t1(model, classes, seen_rows, both))
+
+
+def _seen_t1(model: Scorer, classes: ClassTable, rows: tuple[FloatArray, IntArray], of_all: FloatArray | None) -> float:
+    """T1 of seen images among seen classes. `of_all`: scores over all classes, these images last, if they are there."""
+    features, labels = rows
+    seen = np.flatnonzero(classes.is_seen)
+    if of_all is None or model.is_joint:
+        scores = model.scores(features, classes.embeddings[seen])
+    else:
+        scores = of_all[-len(labels) :, seen]
+    return mean_per_class_accuracy(seen[np.argmax(scores, axis=1)], labels, seen)
 
 
 def _rows(images: LabelledFeatures | None, classes: ClassTable, *, seen: bool) -> tuple[FloatArray, IntArray] | None:

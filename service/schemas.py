@@ -339,7 +339,8 @@ class ClassifierOut(BaseModel):
     params: dict[str, Any]
     status: Literal["queued", "ready", "failed"]
     metrics: dict[str, Any] = Field(
-        description="zsl.t1; gzsl.u, s, h; per class; validation choice; curves; warnings. zsl.confusion and "
+        description="zsl.t1; gzsl.u, s, h; seen_t1: T1 of seen test images among seen classes alone; per class; "
+        "validation choice; curves; warnings. zsl.confusion and "
         "gzsl.confusion: [i, j, n] where n test images of classes[i] were called classes[j]; lists leave them out."
     )
     job_id: str | None

@@ -199,6 +199,8 @@ def test_evaluate_maps_names_and_equals_plain_rewrite() -> None:
     assert report.gzsl.h == pytest.approx(plain_h(features, truth, [True, False, True, False], 0.3))
     assert report.gzsl.h == pytest.approx(harmonic_mean(report.gzsl.u, report.gzsl.s))
     assert report.gzsl.classes == ("s1", "u1", "s2", "u2")
+    among_seen = np.where(features[30:, 0] >= features[30:, 2], 0, 2)
+    assert report.seen_t1 == pytest.approx(plain_accuracy(among_seen.tolist(), truth[30:], [0, 2]))
     called = np.argmax(features - 0.3 * np.array([1, 0, 1, 0]), axis=1).tolist()
     counts = Counter(zip(truth, called, strict=True))
     assert report.gzsl.confusion == tuple((*pair, counts[pair]) for pair in sorted(counts))
@@ -212,7 +214,23 @@ def test_evaluate_without_seen_or_any_test_images() -> None:
     assert report.zsl.t1 == 1.0
     assert report.gzsl is None
     nothing = LabelledFeatures(np.zeros((0, 4)), np.zeros(0, int), ())
-    assert evaluate(Lookup(), _table(), test_unseen=nothing).to_dict() == {"zsl": None, "gzsl": None}
+    assert evaluate(Lookup(), _table(), test_unseen=nothing).to_dict() == {"zsl": None, "gzsl": None, "seen_t1": None}
+    seen = LabelledFeatures(np.eye(4)[[0, 1]], np.array([0, 1]), ("s1", "s2"))
+    assert evaluate(Lookup(), _table(), test_seen=seen).to_dict() == {"zsl": None, "gzsl": None, "seen_t1": 0.5}
+
+
+def test_seen_classes_are_ranked_by_scores_of_their_own_where_scores_depend_on_the_other_classes() -> None:
+    class Joint(Lookup):
+        is_joint = True
+
+        def scores(self, features: FloatArray, class_embeddings: FloatArray) -> FloatArray:
+            scores = super().scores(features, class_embeddings)
+            return scores if len(class_embeddings) == 4 else -scores
+
+    unseen = LabelledFeatures(np.eye(4)[[1, 3]], np.array([0, 1]), ("u1", "u2"))
+    seen = LabelledFeatures(np.eye(4)[[0, 2]], np.array([0, 1]), ("s1", "s2"))
+    assert evaluate(Lookup(), _table(), test_unseen=unseen, test_seen=seen).seen_t1 == 1
+    assert evaluate(Joint(), _table(), test_unseen=unseen, test_seen=seen).seen_t1 == 0
 
 
 def test_evaluate_refuses_images_of_the_wrong_side_or_of_no_class() -> None:
