@@ -7,16 +7,20 @@ An interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.markup import escape
 
+from models.errors import ModelError
 from service.bench_plan import (
     BEST_ON_TEST,
+    METRICS,
+    SEEN_T1,
     BenchSpec,
     Cell,
     cell_key,
@@ -30,11 +34,8 @@ from service.bench_plan import (
 from service.cli_output import console
 from service.client import Client, UnseenError
 from service.client_http import Json
-from service.client_uploads import guess_kind
+from service.client_uploads import guess_kind, read_folder
 
-METRICS = {"t1": "T1", "u": "U", "s": "S", "h": "H", "ausuc": "AUSUC"} | {
-    name: f"{measure.upper()} of the epoch best on test rows (not a result)" for name, measure in BEST_ON_TEST.items()
-}
 RESULTS_FILE = "results.json"
 
 
@@ -66,15 +67,15 @@ class _Dataset:
     """
 
     def __init__(self, client: Client, spec: BenchSpec, name: str, data: Path) -> None:
-        self.client, self.name = client, name
-        self.spec = dataset_spec(spec, name)
+        self.client, self.spec = client, dataset_spec(spec, name)
+        self.name = name if self.spec.path is None else f"{name}, {_digest(self.spec.path)}"
         self.folder = dataset_folder(spec, name, data)
         self.files = knowledge_files(spec, name, self.folder)
         self._knowledge: dict[str, str] = {}
-        row = self._found(name) or self._made()
+        row = self._features() or self._photos(self.name, self.folder)
         self.dataset_id = self.photos_id = str(row["id"])
         if (photos := photos_folder(spec, name, data)) is not None:
-            self.photos_id = str((self._found(f"{name} photos") or self._uploaded(f"{name} photos", photos))["id"])
+            self.photos_id = str(self._photos(f"{name} photos, {_digest(str(self.spec.photos))}", photos)["id"])
         self.split: Json = row["summary"] if row["kind"] == "features" else self._photo_split()
         if fingerprint := row["summary"].get("fingerprint"):
             console.print(f"{escape(name)}: split {escape(json.dumps(fingerprint))}", soft_wrap=True)
@@ -93,22 +94,33 @@ class _Dataset:
                 self._knowledge[source] = str(job["resource"]["id"])
         return self._knowledge[source]
 
-    def _found(self, name: str) -> Json | None:
-        rows = [row for row in self.client.list_all("datasets") if row["name"] == name and row["n_images"]]
-        return self.client.get(rows[0]["id"]) if rows else None
+    def _found(self, name: str, kind: Literal["images", "features"]) -> Json | None:
+        rows = (row for row in self.client.list_all("datasets") if (row["name"], row["kind"]) == (name, kind))
+        return next((self.client.get(row["id"]) for row in rows if row["n_images"]), None)
 
-    def _uploaded(self, name: str, folder: Path) -> Json:
-        dataset_id = str(self.client.create_dataset(name)["id"])
+    def _photos(self, name: str, folder: Path) -> Json:
+        """The dataset of a folder's photos, all of them: what an interrupted run left out is added.
+
+        Sending a folder again is safe, as content is accepted once, but takes as long as it did before; so it is left
+        out where the dataset has as many images as the folder.
+        """
+        found = self._found(name, "images")
+        if found is not None and found["n_images"] >= len(read_folder(folder)[0]):
+            return found
+        dataset_id = str((found or self.client.create_dataset(name))["id"])
         report = self.client.upload_folder(dataset_id, folder)
         if report.rejected:
             console.print(f"{escape(name)}: {len(report.rejected)} images were rejected", style="yellow")
         return self.client.get(dataset_id)
 
-    def _made(self) -> Json:
+    def _features(self) -> Json | None:
+        """The dataset of the folder's features; None where it holds photos."""
         mats = {"res101": self.folder / "res101.mat", "att_splits": self.folder / "att_splits.mat"}
         features, splits = self.folder / "features.npz", self.folder / "splits.json"
         if not features.is_file() and not mats["att_splits"].is_file():
-            return self._uploaded(self.name, self.folder)
+            return None
+        if (found := self._found(self.name, "features")) is not None:
+            return found
         dataset_id = str(self.client.create_dataset(self.name)["id"])
         if features.is_file():
             self.client.wait(self.client.upload_features(dataset_id, features=features, splits=splits))
@@ -122,11 +134,18 @@ class _Dataset:
         return self.client.get(dataset_id)
 
     def _photo_split(self) -> Json:
-        path = self.folder / "splits.json"
-        if not path.is_file():
-            raise UnseenError(f"Dataset {self.name!r} has no {path}: it says which classes are unseen.")
-        split: Json = json.loads(path.read_text("utf-8"))
-        return split
+        report = read_folder(self.folder)[1]
+        sides = {"seen_classes": report.seen_classes, "unseen_classes": report.unseen_classes}
+        if missing := [name for name, classes in sides.items() if classes is None]:
+            raise UnseenError(
+                f"Dataset {self.name!r}: {self.folder / 'splits.json'} has no {' and no '.join(missing)}."
+            )
+        return sides | {"validation_classes": report.validation_classes}
+
+
+def _digest(folder: str) -> str:
+    """Keeps a dataset apart on the service from one of the same name that was made of another folder."""
+    return hashlib.sha256(folder.encode()).hexdigest()[:8]
 
 
 class Runner:
@@ -138,7 +157,11 @@ class Runner:
         self._embedding_sets: dict[tuple[str, str, str, int], Json] = {}
 
     def measure(self, cell: Cell) -> Json:
-        """T1, U, S, H and how they came about; UnseenError where the service refuses, or a job fails."""
+        """T1, U, S, H and how they came about, those without test images left out.
+
+        UnseenError where the service refuses, a job fails or no measure of the plan has test images; ModelError where
+        the dataset's folder cannot be used.
+        """
         started = time.monotonic()
         if cell.dataset not in self._datasets:
             self._datasets[cell.dataset] = _Dataset(self._client, self._spec, cell.dataset, self._data)
@@ -167,12 +190,15 @@ class Runner:
             request["embedding_set_id"] = embedding_set["id"]
         job = self._client.wait(self._client.create_classifier(dataset.dataset_id, **request))
         row = self._client.classifier(job["resource"]["id"])
-        metrics = row["metrics"]
-        chosen, best = (relation or {}).get("chosen") or {}, metrics.get("best_on_test", {})
+        metrics, chosen = row["metrics"], (relation or {}).get("chosen") or {}
+        measured = _measured(metrics)
+        if not set(measured) & set(self._spec.metrics):
+            raise UnseenError(
+                f"Dataset {dataset.name!r} has no test images for {', '.join(METRICS[m] for m in self._spec.metrics)}: "
+                "T1 needs some of unseen classes, U, S, H and AUSUC of seen classes too."
+            )
         return {
-            "t1": metrics["zsl"]["t1"],
-            **{name: metrics["gzsl"][name] for name in ("u", "s", "h", "ausuc") if name in metrics["gzsl"]},
-            **{name: best[of]["value"] for name, of in BEST_ON_TEST.items() if of in best},
+            **measured,
             "validation": {name: metrics["validation"].get(name) for name in ("t1", "h", "setting")},
             "best_epoch": metrics["best_epoch"],
             "searched": metrics.get("search", {}).get("trials"),
@@ -200,6 +226,14 @@ class Runner:
         return self._embedding_sets[key]
 
 
+def _measured(metrics: Json) -> Json:
+    """The measures of a plan that a classifier's metrics hold; without test images of a side, some are missing."""
+    best = metrics.get("best_on_test", {})
+    found = {**(metrics["zsl"] or {}), **(metrics["gzsl"] or {}), SEEN_T1: metrics.get(SEEN_T1)}
+    found |= {name: best[of]["value"] for name, of in BEST_ON_TEST.items() if of in best}
+    return {name: found[name] for name in METRICS if found.get(name) is not None}
+
+
 def run(client: Client, spec: BenchSpec, data: Path, results: Results) -> int:
     """Measures what is missing; the number of cells that failed."""
     runner, n_failed = Runner(client, spec, data), 0
@@ -211,9 +245,9 @@ def run(client: Client, spec: BenchSpec, data: Path, results: Results) -> int:
         where = f"{number}/{len(everything)} {cell.dataset}, {cell.knowledge}, {cell.embedding}, {cell.classifier}"
         try:
             row = runner.measure(cell)
-            found = ", ".join(f"{METRICS[m]} {100 * row[m]:.1f}" for m in ("t1", "h"))
+            found = ", ".join(f"{METRICS[m]} {100 * row[m]:.1f}" for m in spec.metrics if m in row)
             console.print(f"{escape(where)}, seed {cell.seed}: {found} ({row['seconds']:.0f} s)", soft_wrap=True)
-        except UnseenError as error:
+        except (UnseenError, ModelError) as error:
             row, n_failed = {"error": str(error)}, n_failed + 1
             console.print(f"{escape(where)}, seed {cell.seed}: [red]{escape(str(error))}[/]", soft_wrap=True)
         results.add(key, row)
@@ -273,16 +307,17 @@ def _shown(spec: BenchSpec, results: Results, of_cell: list[Cell], metric: str, 
         return "–"
     rows = [results.rows.get(cell_key(spec, cell), {}) for cell in of_cell]
     values = [100 * row[metric] for row in rows if metric in row]
-    shown = f"{np.mean(values):.1f}" if values else "failed" if any(rows) else ""
+    shown = f"{np.mean(values):.1f}" if values else "failed" if any("error" in row for row in rows) else ""
     if len(values) > 1:
         shown += f" ± {np.std(values):.1f}"
     if values and len(values) < len(of_cell):
         shown += f" ({len(values)} of {len(of_cell)} seeds)"
-    told = _paper_value(spec, of_cell[0], metric, paper)
+    told = paper_value(spec, of_cell[0], metric, paper)
     return shown if told is None else f"{shown} [{told:.1f}]".strip()
 
 
-def _paper_value(spec: BenchSpec, cell: Cell, metric: str, paper: list[Json]) -> float | None:
+def paper_value(spec: BenchSpec, cell: Cell, metric: str, paper: list[Json]) -> float | None:
+    """What the papers' tables tell of a cell, in percent."""
     if spec.paper is None:
         return None
     names: dict[str, Any] = {"classifier": cell.classifier, "embedding": cell.embedding, "knowledge": cell.knowledge}

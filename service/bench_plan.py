@@ -20,6 +20,20 @@ from service.client_http import Json
 BEST_ON_TEST = {"t1_best_on_test": "t1", "h_best_on_test": "h"}
 """Metric of a plan -> the measure whose best epoch on test rows it is."""
 
+SEEN_T1 = "seen_t1"
+"""Metric of a plan: T1 of seen test rows among seen classes alone."""
+
+METRICS = {
+    "t1": "T1",
+    "u": "U",
+    "s": "S",
+    "h": "H",
+    "ausuc": "AUSUC",
+    SEEN_T1: "Top-1 (seen test)",
+    **{n: f"{measure.upper()} of the epoch best on test rows (not a result)" for n, measure in BEST_ON_TEST.items()},
+}
+"""Metric of a plan -> its heading, which is its name in the papers' tables, too."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,6 +120,8 @@ def read_spec(path: Path) -> BenchSpec:
     for title, classifier in spec.classifiers.items():
         if unknown := set(classifier.datasets or ()) - set(spec.datasets):
             raise UnseenError(f"{path}: classifier {title!r} names dataset {min(unknown)!r}, which the file lacks.")
+    if strange := set(spec.metrics) - set(METRICS):
+        raise UnseenError(f"{path}: there is no metric {min(strange)!r}; there are {', '.join(METRICS)}.")
     for name in spec.datasets:
         if unknown := set(dataset_spec(spec, name).embeddings or ()) - set(spec.embeddings):
             raise UnseenError(f"{path}: dataset {name!r} names embedding {min(unknown)!r}, which the file lacks.")
@@ -171,7 +187,10 @@ def full_params(classifier: ClassifierSpec) -> Json:
 
 
 def cell_key(spec: BenchSpec, cell: Cell) -> str:
-    """Names of the cell, and a digest of all settings behind them: changed settings are measured anew."""
+    """Names of the cell, and a digest of all settings behind them: changed settings are measured anew.
+
+    Of folders only their names count; what is in them does not.
+    """
     dataset, classifier = dataset_spec(spec, cell.dataset), spec.classifiers[cell.classifier]
     settings = [
         dataset.backbone,
@@ -179,7 +198,11 @@ def cell_key(spec: BenchSpec, cell: Cell) -> str:
         spec.embeddings[cell.embedding],
         [classifier.method, full_params(classifier), classifier.dimension_words],
         bool(set(BEST_ON_TEST) & set(spec.metrics)),
+        # What came later is left out where a plan does not use it, so that the keys of older results stay as they were.
         *([] if classifier.search is None else [classifier.search]),
+        *([] if SEEN_T1 not in spec.metrics else [SEEN_T1]),
+        *([] if dataset.path is None else [{"path": dataset.path}]),
+        *([] if dataset.photos is None else [{"photos": dataset.photos}]),
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return "|".join([cell.dataset, cell.knowledge, cell.embedding, cell.classifier, str(cell.seed), digest])

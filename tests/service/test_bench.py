@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from models.catalog import get_method
 from models.classifier_params import SJEParams
 from service import bench, bench_plan
 from service.bench import Results, write_tables
-from service.bench_plan import BenchSpec, cell_key, cells, read_spec
+from service.bench_plan import BenchSpec, cell_key, cells, full_params, read_spec
 from service.client import UnseenError
+from service.client_uploads import read_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +38,8 @@ classifiers:
 seeds: [0, 1]
 paper: {source: Some Table 1, methods: {raw: "{classifier}"}, method: "{classifier}+{embedding}"}
 """
+FISH = f"ds_fish, {hashlib.sha256(b'water/fish').hexdigest()[:8]}"
+ONE = "title: t\ndatasets: {birds: }\nknowledge: [attributes]\nclassifiers: {SJE: {method: sje}}\nseeds: [0]\n"
 PAPER = [
     {"source": "Some Table 1", "method": "SJE+vgse", "dataset": "Birds", "metric": "T1", "value": 61.2},
     {"source": "Some Table 1", "method": "SJE", "dataset": "birds", "metric": "H", "value": 7.0},
@@ -49,19 +54,26 @@ class FakeClient:
         self.asked: list[dict[str, Any]] = []
         self.sets: list[dict[str, Any]] = []
         self.refuses = ""
+        self.n_images = {"birds": 3}
+        self.uploads: list[tuple[str, str]] = []
+        self.lacks: tuple[str, ...] = ()
 
     def list_all(self, kind: str) -> list[dict[str, Any]]:
-        return [{"id": "ds_birds", "name": "birds", "n_images": 3}] if kind == "datasets" else []
+        return [self.get(f"ds_{name}") for name in self.n_images] if kind == "datasets" else []
 
     def get(self, resource_id: str) -> dict[str, Any]:
-        return {"id": resource_id, "kind": "images", "summary": {}}
+        name = resource_id.removeprefix("ds_")
+        return {"id": resource_id, "name": name, "kind": "images", "n_images": self.n_images[name], "summary": {}}
 
     def create_dataset(self, name: str) -> dict[str, Any]:
+        self.n_images[name] = 0
         return {"id": f"ds_{name}"}
 
     def upload_folder(self, dataset_id: str, folder: Path) -> Any:
-        assert (dataset_id, folder.name) == ("ds_fish", "fish")
-        return type("Upload", (), {"rejected": {}})
+        self.uploads.append((dataset_id, folder.name))
+        images, report = read_folder(folder)
+        self.n_images[dataset_id.removeprefix("ds_")] = len(images)
+        return report
 
     def add_knowledge(self, name: str, *, file: Path, kind: str) -> dict[str, Any]:
         return {"resource": {"id": f"kn_{name}"}, "kind": kind, "file": file}
@@ -86,7 +98,8 @@ class FakeClient:
         t1 = float(classifier_id)
         measured = {"zsl": {"t1": t1}, "gzsl": {"u": t1, "s": t1, "h": t1, "ausuc": t1}}
         best = {"best_on_test": {"t1": {"value": 2 * t1, "epoch": 3}}} if self.asked[-1].get("best_on_test") else {}
-        return {"metrics": {**measured, **best, "validation": {"t1": 0.5}, "best_epoch": 2}}
+        absent: dict[str, Any] = dict.fromkeys(self.lacks)
+        return {"metrics": {**measured, **best, "seen_t1": t1, **absent, "validation": {"t1": 0.5}, "best_epoch": 2}}
 
 
 @pytest.fixture
@@ -95,6 +108,9 @@ def data(tmp_path: Path) -> Path:
     for folder, sources in (("birds", ("attributes", "words", "more")), ("water/fish", ("attributes",))):
         (tmp_path / folder / "knowledge").mkdir(parents=True)
         (tmp_path / folder / "splits.json").write_text(json.dumps(split))
+        for name in "abc":
+            (tmp_path / folder / "images" / name).mkdir(parents=True)
+            (tmp_path / folder / "images" / name / "1.jpg").write_bytes(b"")
         for source in sources:
             (tmp_path / folder / "knowledge" / f"{source}.npz").write_bytes(b"")
     return tmp_path
@@ -116,16 +132,16 @@ def test_all_cells_are_measured_once_with_their_settings(data: Path) -> None:
     assert run(client, spec, data, results) == 0
     assert len(client.asked) == len(list(cells(spec, data))) == 3 * 2 * 2 * 2
     assert len(client.sets) == 3 * 2  # both classifiers share an embedding set
-    assert client.sets[0]["params"] == {"seed": 0, "validation_classes": ["b"], "clustering": {"epochs": 3}}
+    assert client.sets[0]["params"] == {"seed": 0, "validation_classes": ("b",), "clustering": {"epochs": 3}}
     raw = client.asked[0]
     assert (raw["dataset"], raw["knowledge_id"], raw["validation_classes"]) == (
         "ds_birds",
         "kn_birds/attributes",
-        ["b"],
+        ("b",),
     )
-    assert (raw["seen_classes"], raw["unseen_classes"]) == (["a", "b"], ["c"])
+    assert (raw["seen_classes"], raw["unseen_classes"]) == (("a", "b"), ("c",))
     assert client.asked[2]["embedding_set_id"] == "es_1"
-    assert {row["dataset"] for row in client.asked} == {"ds_birds", "ds_fish"}
+    assert {row["dataset"] for row in client.asked} == {"ds_birds", FISH}
 
 
 def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_dimensions(data: Path) -> None:
@@ -134,8 +150,8 @@ def test_a_classifier_may_be_measured_on_some_datasets_and_take_words_for_its_di
     run(client, spec, data, results)
     assert len(client.asked) == 2 * 2 + 3 * 2 * 2
     of_fish = [row for row in client.asked if row["method"] == "sc_egg"]
-    assert {row["dataset"] for row in of_fish} == {"ds_fish"}
-    assert {row["dimension_knowledge_id"] for row in of_fish} == {"kn_fish/words.txt"}
+    assert {row["dataset"] for row in of_fish} == {FISH}
+    assert {row["dimension_knowledge_id"] for row in of_fish} == {f"kn_{FISH.removeprefix('ds_')}/words.txt"}
     text = write_tables(spec, data, results, PAPER)
     assert "| raw, SJE | – | – | 15.0 ± 5.0 |" in text
     before, after = (
@@ -223,6 +239,68 @@ def test_tables_show_mean_and_spread_what_failed_and_the_papers_numbers(data: Pa
     assert "20.0 (1 of 2 seeds)" in write_tables(spec, data, results, PAPER)
 
 
+def test_photos_that_an_interrupted_run_left_out_are_sent(data: Path) -> None:
+    spec, client = spec_of(data, ONE), FakeClient()
+    client.n_images = {"birds": 2}
+    assert run(client, spec, data, Results(data / "out")) == 0
+    assert client.uploads == [("ds_birds", "birds")]
+    run(client, spec, data, Results(data / "another"))
+    assert len(client.uploads) == 1
+
+
+def test_another_folder_is_another_dataset_and_is_measured_anew(data: Path) -> None:
+    first, second = ({"path": "birds"}, {"path": "water/fish"})
+    client, results = FakeClient(), Results(data / "out")
+    for place in (first, second, {**second, "photos": "birds"}, {**second, "photos": "water/fish"}):
+        spec = spec_of(data, ONE.replace("birds: ", f"birds: {json.dumps(place)}"))
+        assert run(client, spec, data, results) == 0
+    assert len(results.rows) == 4
+    assert [folder for _, folder in client.uploads] == ["birds", "fish", "birds", "fish"]
+    assert len({dataset_id for dataset_id, _ in client.uploads}) == 4
+    assert len({row["knowledge_id"] for row in client.asked}) == 2
+
+
+def test_keys_of_results_from_before_stay_as_they_were(data: Path) -> None:
+    spec = spec_of(data, ONE)
+    settings = [None, None, None, ["sje", full_params(spec.classifiers["SJE"]), None], False]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    assert [cell_key(spec, cell) for cell in cells(spec, data)] == [f"birds|attributes|raw vectors|SJE|0|{digest}"]
+
+
+def test_a_cell_without_test_images_of_unseen_classes_failed_and_the_others_go_on(data: Path) -> None:
+    class OneSided(FakeClient):
+        def create_classifier(self, dataset_id: str, **request: Any) -> dict[str, Any]:
+            self.lacks = ("zsl", "gzsl") if dataset_id == "ds_birds" else ("gzsl",)
+            return super().create_classifier(dataset_id, **request)
+
+    spec, results = spec_of(data, PLAN.replace("[attributes, words]", "[attributes]")), Results(data / "out")
+    assert run(OneSided(), spec, data, results) == 8
+    text = write_tables(spec, data, results, [])
+    assert "no test images for T1, H" in next(iter(results.rows.values()))["error"]
+    t1, h = text.split("**H, %**")
+    assert "| failed | 15.0 ± 5.0 |" in t1
+    assert "| failed |  |" in h
+
+
+def test_damaged_or_incomplete_splits_fail_the_cells_of_their_dataset_alone(data: Path) -> None:
+    spec = spec_of(data)
+    for content, reason in (("{broken", "not valid JSON"), ('{"seen_classes": ["a"]}', "has no unseen_classes")):
+        (data / "birds" / "splits.json").write_text(content)
+        results = Results(data / reason)
+        assert run(FakeClient(), spec, data, results) == 16
+        assert sum(reason in row.get("error", "") for row in results.rows.values()) == 16
+        assert len(results.rows) == 24
+
+
+def test_accuracy_among_seen_classes_stands_beside_the_papers(data: Path) -> None:
+    plan = ONE + "metrics: [seen_t1]\npaper: {source: Some Table 1}\n"
+    spec, client, results = spec_of(data, plan), FakeClient(), Results(data / "out")
+    run(client, spec_of(data, ONE), data, results)
+    assert run(client, spec, data, results) == 0
+    row = {"source": "Some Table 1", "method": "SJE", "dataset": "birds", "metric": "Top-1 (seen test)", "value": 90.9}
+    assert "| birds, attributes | 10.0 [90.9] |" in write_tables(spec, data, results, [row])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -232,6 +310,7 @@ def test_tables_show_mean_and_spread_what_failed_and_the_papers_numbers(data: Pa
         (("datasets:", "datasets: ["), "no readable YAML"),
         (("{method: sje}", "{method: sje, datasets: [whales]}"), "'SJE' names dataset 'whales'"),
         (("  birds:", "  birds: {embeddings: [oracle]}"), "'birds' names embedding 'oracle'"),
+        (("seeds:", "metrics: [t1, top1]\nseeds:"), "no metric 'top1'; there are t1, u"),
     ],
 )
 def test_a_file_that_is_wrong_says_where(data: Path, change: tuple[str, str], message: str) -> None:
@@ -254,6 +333,20 @@ def test_features_without_their_archive_say_what_to_fetch(data: Path) -> None:
     assert [cell.knowledge for cell in cells(spec, data)] == ["att"]
     assert run(FakeClient(), spec, data, results) == 1
     assert "xlsa17.zip" in next(iter(results.rows.values()))["error"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "paper").glob("*.yaml")), ids=lambda path: path.stem)
+def test_plans_of_papers_find_their_numbers(path: Path) -> None:
+    spec, paper = read_spec(path), json.loads((ROOT / "bench" / "paper" / "tables.json").read_text())
+    grid = product(spec.datasets, spec.knowledge or (), spec.embeddings, spec.classifiers)
+    found = {
+        (cell[0], cell[3], metric): bench.paper_value(spec, bench_plan.Cell(*cell, 0), metric, paper)
+        for cell in grid
+        for metric in spec.metrics
+    }
+    for part in range(3):  # a dataset, classifier or metric that never has a number is misspelt
+        told = {names[part] for names, value in found.items() if value is not None}
+        assert {names[part] for names in found} - told <= {"CMT*"}  # which Table 2 of PSR leaves out
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.yaml")), ids=lambda path: path.stem)
