@@ -38,7 +38,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        # Of headers sent twice the first counts, as for the routes.
+        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
         request_id = headers.get(b"x-request-id", "")
         if not _REQUEST_ID.match(request_id):
             request_id = secrets.token_hex(8)

@@ -21,6 +21,7 @@ from service.core.errors import Invalid, TooLarge, UnsupportedMedia
 from service.core.settings import Settings
 
 MAX_FIELDS = 1000
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "iso-8859-1")  # others may fail on some bytes, or give what UTF-8 cannot carry
 _COPY_BYTES = 2**20
 _EPILOGUE_BYTES = 1024  # what may follow the closing boundary
 
@@ -31,15 +32,18 @@ async def multipart(request: Request, settings: Settings) -> AsyncIterator[FormD
     if content_type_of(request) != "multipart/form-data":
         raise UnsupportedMedia("Send this request as multipart/form-data.")
     _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1").lower()
+    if charset not in _CHARSETS:
+        raise UnsupportedMedia(f"Send the form's text in UTF-8, not in {charset!r}.")
     whole = Request(request.scope, _whole(request.receive, options.get(b"boundary", b"")))
     try:
         async with aclosing(whole.stream()) as stream:
             form = await _Form(request.headers, stream, settings).parse()
     except MultiPartException as error:
-        if "Too many" in error.message or "exceeded" in error.message:
+        if "Too many" in error.message:
             raise TooLarge(
-                f"{error.message} One request takes at most {settings.max_files_per_request} files, {MAX_FIELDS} "
-                f"fields and {settings.max_json_bytes:,} bytes a field; send several."
+                f"{error.message} One request takes at most {settings.max_files_per_request} files and {MAX_FIELDS} "
+                "fields; send several."
             ) from None
         raise Invalid(f"The multipart body is malformed: {error.message} Send it whole, with its boundary.") from None
     try:
@@ -50,7 +54,9 @@ async def multipart(request: Request, settings: Settings) -> AsyncIterator[FormD
 
 class _Form(MultiPartParser):
     """Keeps large files in the scratch folder, nameless, so that they end with the process. The system's folder for
-    temporary files, where they would lie otherwise, may be small, or memory."""
+    temporary files, where they would lie otherwise, may be small, or memory.
+
+    Text fields lie in memory, so what they hold together is limited."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes], settings: Settings) -> None:
         super().__init__(
@@ -61,6 +67,14 @@ class _Form(MultiPartParser):
             max_part_size=settings.max_json_bytes,
         )
         self._folder = settings.scratch_dir
+        self._n_text_bytes = 0
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None:
+            self._n_text_bytes += end - start
+            if self._n_text_bytes > self.max_part_size:
+                raise TooLarge(f"The form's text fields hold more than {self.max_part_size:,} bytes together.")
+        super().on_part_data(data, start, end)
 
     def on_headers_finished(self) -> None:
         super().on_headers_finished()

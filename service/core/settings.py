@@ -67,7 +67,9 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(32 * 2**20, ge=1, description="Largest single image file, in bytes.")
     max_image_pixels: int = Field(64_000_000, ge=1, description="Most pixels of one image.")
     max_body_bytes: int = Field(512 * 2**20, ge=1, description="Largest multipart body of one request.")
-    max_json_bytes: int = Field(64 * 2**20, ge=1, description="Largest JSON body of one request.")
+    max_json_bytes: int = Field(
+        64 * 2**20, ge=1, description="Largest JSON body of one request, or all text fields of a form."
+    )
     max_archive_bytes: int = Field(20 * 2**30, ge=1, description="Largest uploaded archive, feature or knowledge file.")
     max_archive_entries: int = Field(1_000_000, ge=1, description="Most entries of one archive.")
     max_files_per_request: int = Field(1000, ge=1, description="Most images in one upload request.")

@@ -42,6 +42,9 @@ def test_json_bodies(start_api: Callable[..., LiveApi], body_of: Callable[[int],
     problem(api.client.post(url, content=chunked(body_of(2001)), headers=JSON), 413, "at most 2,000")
     problem(api.client.post("/v1/knowledge", content=chunked(b"x" * 2001), headers=JSON), 413)
     problem(api.client.post("/v1/classify", content=chunked(b"x" * 2001), headers=JSON), 413)
+    twice = [*JSON.items(), ("content-type", "multipart/form-data; boundary=B")]
+    for url in ("/v1/classify", "/v1/knowledge"):
+        problem(api.client.post(url, content=b"x" * 2001, headers=twice), 413, "at most 2,000")
     assert api.snapshot() == before
 
 
@@ -71,9 +74,10 @@ def test_how_many_files_and_fields(start_api: Callable[..., LiveApi]) -> None:
     before = api.snapshot()
     four = [("files", (f"{i}.png", png(i))) for i in range(4)]
     problem(api.client.post(url, files=four, data={"class_name": "c"}), 413, "at most 3 files")
-    fields = {f"f{i}": "x" for i in range(1001)}
+    fields = {f"f{i}": "" for i in range(1001)}
     problem(api.client.post(url, files=four[:1], data=fields), 413, "1000 fields")
-    problem(api.client.post(url, files=four[:1], data={"labels": "x" * 501}), 413, "500 bytes a field")
+    for texts in ({"labels": "x" * 501}, {"labels": "x" * 251, "class_name": "x" * 250}):
+        problem(api.client.post(url, files=four[:1], data=texts), 413, "more than 500 bytes")
     assert api.snapshot() == before
     assert api.client.post(url, files=four[:3], data={"class_name": "c"}).status_code == 200
 

@@ -197,6 +197,17 @@ def test_a_form_that_ends_early_stores_nothing(live_api: LiveApi) -> None:
     assert live_api.snapshot() == before
 
 
+def test_forms_in_other_encodings_are_refused(live_api: LiveApi) -> None:
+    url = f"/v1/datasets/{live_api.dataset()}/images"
+    body = b'--B\r\nContent-Disposition: form-data; name="class_name"\r\n\r\nn\xe9\r\n--B--'
+    for charset in ("punycode", "undefined", "unicode_escape", "nonsense"):
+        headers = {"content-type": f"multipart/form-data; boundary=B; charset={charset}"}
+        problem(live_api.client.post(url, content=body, headers=headers), 415, "UTF-8", charset)
+    for charset in ("UTF-8", "utf8", "us-ascii", "iso-8859-1"):
+        headers = {"content-type": f"multipart/form-data; boundary=B; charset={charset}"}
+        problem(live_api.client.post(url, content=body, headers=headers), 422, "no files")
+
+
 def gone_mid_upload(api: LiveApi, path: str, content_type: str, sent: bytes, extra: str = "") -> None:
     """Announces a long body, sends a part and hangs up."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: 9000000\r\n{extra}\r\n"
