@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.schemas import Body, Id, Name
 
 Scope = Literal["unseen", "seen", "all"]
+MAX_GAMMA = 1e30
+"""Largest handicap of seen classes, so that scores less it stay finite in float32."""
 
 
 class HuggingFaceParameters(BaseModel):
@@ -68,7 +70,9 @@ class PredictionsCreate(Body):
         None, min_length=1, description="Only these compete; new names are predicted."
     )
     top_k: int = Field(5, ge=1, le=1000)
-    gamma: float | None = Field(None, allow_inf_nan=False, description="Handicap of seen classes; default: chosen.")
+    gamma: float | None = Field(
+        None, ge=-MAX_GAMMA, le=MAX_GAMMA, allow_inf_nan=False, description="Handicap of seen classes; default: chosen."
+    )
     min_score: float | None = Field(None, ge=0, le=1, description="Abstain where the best probability is lower.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -56,6 +57,15 @@ class Paging:
     limit: int
     after: str | None
 
+    @property
+    def position(self) -> int:
+        """Where the page before ended, in lists whose items are counted from 0; -1 for the first page."""
+        if self.after is None:
+            return -1
+        if not re.fullmatch("[0-9]{1,9}", self.after):
+            raise _not_given_out()
+        return int(self.after)
+
     def out(self, items: Sequence[Any], has_more: bool, key: Callable[[], str]) -> dict[str, Any]:
         """The list answer: data, has_more, next_cursor. `key` tells the last item's; it is asked if more follow."""
         cursor = None
@@ -86,6 +96,10 @@ def _decoded(cursor: str, path: str) -> str:
     except (binascii.Error, UnicodeError):
         of_path, key = "", ""
     if of_path != path or not key or "\0" in key:
-        message = "`cursor` is not one that this list gave out; pass its `next_cursor` unchanged."
-        raise Invalid(message, problems=[Problem("/query/cursor", message)])
+        raise _not_given_out()
     return key
+
+
+def _not_given_out() -> Invalid:
+    message = "`cursor` is not one that this list gave out; pass its `next_cursor` unchanged."
+    return Invalid(message, problems=[Problem("/query/cursor", message)])

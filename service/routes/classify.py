@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, ValidationError
 
 from models.knowledge.names import validate_class_names
-from service.answers import ClassifyOut, HuggingFaceRequest, Scope
+from service.answers import MAX_GAMMA, ClassifyOut, HuggingFaceRequest, Scope
 from service.core.errors import Conflict, Invalid, NotFound, Problem, TooLarge, TooLate, UnsupportedMedia
 from service.deps import Parts, PartsDep
 from service.image_requests import (
@@ -39,7 +38,11 @@ class Options(ImageOptions):
     class_names: list[str] | None = Field(None, description="Only these compete; new names are predicted.")
     top_k: int = Field(5, ge=1, le=100_000)
     gamma: float | None = Field(
-        None, allow_inf_nan=False, description="Handicap of seen classes; default: chosen in training."
+        None,
+        ge=-MAX_GAMMA,
+        le=MAX_GAMMA,
+        allow_inf_nan=False,
+        description="Handicap of seen classes; default: chosen in training.",
     )
     explain: bool = Field(False, description="Add contributing seen classes.")
     min_score: float | None = Field(
@@ -68,7 +71,7 @@ async def _classify_hugging_face(request: Request, parts: Parts, given: dict[str
         image = base64.b64decode(body.inputs.partition("base64,")[2] or body.inputs, validate=True)
     except ValidationError as error:
         raise invalid(error.errors(), HuggingFaceRequest) from None
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one, too; characters past ASCII raise it plain
         raise Invalid("`inputs` must be the image in base64.", problems=[Problem("/inputs", "not base64")]) from None
     labels = body.parameters.candidate_labels
     given |= {"class_names": labels, "top_k": body.parameters.top_k or len(labels)}

@@ -169,8 +169,7 @@ def list_classes(
                 )
             more = False
         else:
-            after = -1 if paging.after is None else int(paging.after)
-            rows = repositories.classes_of(session, set_id, after=after, limit=paging.limit + 1)
+            rows = repositories.classes_of(session, set_id, after=paging.position, limit=paging.limit + 1)
             rows, more = rows[: paging.limit], len(rows) > paging.limit
     return FastJSON(paging.out([class_out(row, encoding_format) for row in rows], more, lambda: str(rows[-1].position)))
 

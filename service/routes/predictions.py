@@ -94,7 +94,7 @@ def get_predictions(predictions_id: str, parts: PartsDep) -> Response:
 def list_items(predictions_id: str, parts: PartsDep, paging: LongPagingDep) -> Response:
     """The predictions image by image, by the dataset's classes."""
     results, offsets = _files(parts, predictions_id)
-    start = 0 if paging.after is None else int(paging.after) + 1
+    start = paging.position + 1
     end = min(start + paging.limit, len(offsets) - 1)
     items: list[Any] = []
     if start < end:

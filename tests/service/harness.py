@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import threading
 import time
@@ -189,6 +190,11 @@ class LiveApi:
             job = session.get_one(Job, job_id)
             for name, value in fields.items():
                 setattr(job, name, value)
+
+
+def forged_cursor(path: str, key: str) -> str:
+    """A cursor that the list at `path` could have given out, had it an item `key`."""
+    return base64.urlsafe_b64encode(f"{path}\n{key}".encode()).decode("ascii")
 
 
 def checked(response: httpx.Response, model: type[BaseModel], status: int = 200) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_hugging_face_shape(live_api: LiveApi, classifier: str) -> None:
     ("body", "words"),
     [
         ({"inputs": "not base64!"}, "base64"),
+        ({"inputs": "é"}, "/inputs"),
         ({"inputs": base64.b64encode(b"junk").decode()}, "not an image"),
         ({"inputs": ""}, "empty"),
         ({"parameters": {"candidate_labels": []}}, "at least 1 item"),
@@ -137,6 +138,7 @@ def test_bad_hugging_face_bodies(live_api: LiveApi, classifier: str, body: dict[
         ({"top_k": "0"}, "greater than or equal to 1"),
         ({"top_k": "many"}, "valid integer"),
         ({"gamma": "nan"}, "finite number"),
+        ({"gamma": "1e39"}, "less than or equal to 1000"),
         ({"class_names": "[1, 2"}, "no valid JSON list"),
         ({"class_names": "cat,,dog"}, "is empty"),
         ({"class_names": "[]"}, "leave it out"),

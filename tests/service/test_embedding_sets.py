@@ -15,7 +15,7 @@ from models.params import FINETUNED_COST
 from service import planning
 from service.core.tables import CachedArtifact, EmbeddingSet
 from service.schemas import AddedClass, EmbeddedClass, EmbeddingSetOut, Estimate, JobOut, Page
-from tests.service.harness import LiveApi, checked, problem
+from tests.service.harness import LiveApi, checked, forged_cursor, problem
 from workers.backbones import TRAINING_SIDE
 
 SMALL = {"backbone": {"name": "small_cnn", "weights": "scratch"}, "clustering": {"n_clusters": 4}}
@@ -206,6 +206,9 @@ def test_classes_by_page_and_by_name(live_api: LiveApi) -> None:
     picked = live_api.client.get(url, params={"names": ["c3", "c1"]}).json()["data"]
     assert [row["name"] for row in picked] == ["c1", "c3"]
     problem(live_api.client.get(url, params={"names": ["c9"]}), 404, "no class 'c9'", "POST")
+    for key in ("x", "-1", "9" * 30):
+        forged = live_api.client.get(url, params={"cursor": forged_cursor(url, key)})
+        problem(forged, 422, "/query/cursor", "not one that this list gave out")
 
 
 def test_a_set_that_is_not_ready(live_api: LiveApi) -> None:

@@ -14,7 +14,7 @@ from service.client import Client
 from service.core.artifacts import image_key
 from service.core.tables import Dataset, Image
 from service.schemas import ClassifierOut, JobOut
-from tests.service.harness import LiveApi, checked, png, problem
+from tests.service.harness import LiveApi, checked, forged_cursor, png, problem
 from tests.service.tasks import TASKS, finish, trained_classifier
 from workers.dataset_predictions import classify_dataset
 
@@ -60,6 +60,8 @@ def test_every_image_of_a_dataset_is_classified_as_one_alone_would_be(own_api: L
     assert [item["index"] for item in found] == list(range(7))
     assert [item["class_name"] for item in found] == ["cat"] * 2 + ["unicorn"] * 2 + ["zebra"] * 3
     assert found == items(own_api, row["id"])
+    url = f"/v1/predictions/{row['id']}/items"
+    problem(own_api.client.get(url, params={"cursor": forged_cursor(url, "x")}), 422, "/query/cursor")
     with Client(f"http://127.0.0.1:{own_api.port}") as client:
         assert list(client.predicted_images(row["id"])) == found
         assert client.create_predictions(fresh, top_k=1)["kind"] == "classify_dataset"
