@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Compiled, Engine, PoolProxiedConnection, Select, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
@@ -86,15 +87,26 @@ class Database:
         sql, by_name = str(compiled), dict(compiled.construct_params(values) or {})
         names = getattr(compiled, "positiontup", None)  # where the driver takes values by position
         bound: Any = by_name if names is None else [by_name[name] for name in names]
-        if self.engine.dialect.name != "sqlite":
-            return await asyncio.to_thread(self._pooled_row, sql, bound)
-        if self._of_the_loop is None:
-            self._of_the_loop = self.engine.raw_connection()
-        return _row(self._of_the_loop, sql, bound)
+        try:
+            if self.engine.dialect.name != "sqlite":
+                return await asyncio.to_thread(self._pooled_row, sql, bound)
+            return self._kept_row(sql, bound)
+        except self.engine.dialect.loaded_dbapi.Error as error:  # as SQLAlchemy would raise it
+            raise DBAPIError.instance(sql, bound, error, type(error), dialect=self.engine.dialect) from error
 
     def _pooled_row(self, sql: str, bound: Any) -> tuple[Any, ...] | None:
         with closing(self.engine.raw_connection()) as connection:
             return _row(connection, sql, bound)
+
+    def _kept_row(self, sql: str, bound: Any) -> tuple[Any, ...] | None:
+        if self._of_the_loop is None:
+            self._of_the_loop = self.engine.raw_connection()
+        try:
+            return _row(self._of_the_loop, sql, bound)
+        except Exception:
+            self._of_the_loop.invalidate()  # it may never work again
+            self._of_the_loop = None
+            raise
 
     def close(self) -> None:
         """Closes every pooled connection."""

@@ -11,10 +11,13 @@ import threading
 import weakref
 from datetime import timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy import event, literal_column, select
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from service.core import process, repositories, tables
 from service.core.db import Database, make_engine, utc_now
@@ -92,6 +95,22 @@ def test_a_hot_path_reads_what_is_committed_now_and_waits_for_no_writer(database
         assert (await repositories.classifier_now(database, None, "psr")).id == "cl_1"
 
     asyncio.run(read())
+
+
+def test_a_hot_path_raises_sqlalchemys_errors_and_recovers(tmp_path: Path) -> None:
+    lost = Database(make_engine(f"sqlite:///{tmp_path / 'no folder' / 'unseen.db'}"))
+    with pytest.raises(OperationalError, match="unable to open"):
+        asyncio.run(lost.first(select(literal_column("1"))))
+
+    connections: list[Any] = []
+    database = Database(make_engine(f"sqlite:///{tmp_path / 'unseen.db'}"))
+    event.listen(database.engine, "connect", lambda connection, _: connections.append(connection))
+    for _ in range(2):
+        assert asyncio.run(database.first(select(literal_column("1")))) == (1,)
+        connections[-1].close()
+        with pytest.raises(DBAPIError, match="closed database"):
+            asyncio.run(database.first(select(literal_column("1"))))
+    database.close()
 
 
 def test_an_error_rolls_a_transaction_back(database: Database) -> None:
