@@ -77,6 +77,7 @@ def api(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
     from service.app import create_app
     from service.core.logging import configure_logging
     from service.core.process import settle
+    from service.patience import protocol_with_patience
 
     settings = read_settings(host=host, port=port, data_dir=data_dir)
     check_listening(settings)
@@ -85,6 +86,8 @@ def api(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
         create_app(settings, started=settle),
         host=settings.host,
         port=settings.port,
+        http=protocol_with_patience(settings.request_timeout_s),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

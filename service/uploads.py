@@ -21,7 +21,8 @@ from service.core.errors import Invalid, TooLarge, UnsupportedMedia
 from service.core.settings import Settings
 
 MAX_FIELDS = 1000
-_CHARSETS = ("utf-8", "utf8", "us-ascii", "iso-8859-1")  # others may fail on some bytes, or give what UTF-8 cannot carry
+# Others may fail on some bytes, or give what UTF-8 cannot carry.
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "iso-8859-1")
 _COPY_BYTES = 2**20
 _EPILOGUE_BYTES = 1024  # what may follow the closing boundary
 

@@ -80,8 +80,9 @@ class Settings(BaseSettings):
         120.0,
         gt=0,
         description="Longest wait for the next piece of a request's body; the whole of it may take this long and one "
-        "second more for each 1,024 bytes that have arrived. Past either the answer is 408. How long the answer itself "
-        "takes is not limited by it.",
+        "second more for each 1,024 bytes that have arrived. Past either the answer is 408. A connection is closed "
+        "when the headers of its first request take as long, or those of a later one at most twice as long. How long "
+        "the answer itself takes is not limited by it.",
     )
     inference_timeout_s: float = Field(60.0, gt=0, description="Longest the API waits for the inference process.")
     max_resident_bytes: int = Field(4 * 2**30, ge=1, description="Most bytes of models the inference process keeps.")

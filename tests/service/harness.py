@@ -22,6 +22,7 @@ from service.core.ids import new_id
 from service.core.settings import Settings
 from service.core.tables import Base, Classifier, EmbeddingClass, EmbeddingSet, Job, Knowledge
 from service.deps import Parts
+from service.patience import protocol_with_patience
 from service.schemas import JobOut
 from tests.fakes import FakeInference
 
@@ -65,7 +66,9 @@ class LiveApi:
         )
         started = threading.Event()
         self.app = create_app(settings, started=started.set)
-        self._server = Server(self.app, host="127.0.0.1", port=0)
+        self._server = Server(
+            self.app, host="127.0.0.1", port=0, http=protocol_with_patience(settings.request_timeout_s)
+        )
         assert started.is_set()
         self.port = self._server.port
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
