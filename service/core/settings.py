@@ -70,6 +70,12 @@ class Settings(BaseSettings):
     max_json_bytes: int = Field(
         64 * 2**20, ge=1, description="Largest JSON body of one request, or all text fields of a form."
     )
+    max_held_bytes: int = Field(
+        2 * 2**30,
+        ge=1,
+        description="Most bytes that bodies of one API process's requests hold in memory at a time; past it those over "
+        "a MiB get 503, unless alone. Archives, features and knowledge files go to the disk and do not count.",
+    )
     max_archive_bytes: int = Field(20 * 2**30, ge=1, description="Largest uploaded archive, feature or knowledge file.")
     max_archive_entries: int = Field(1_000_000, ge=1, description="Most entries of one archive.")
     max_files_per_request: int = Field(1000, ge=1, description="Most images in one upload request.")

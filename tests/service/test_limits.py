@@ -68,6 +68,29 @@ def test_files_and_archives(start_api: Callable[..., LiveApi]) -> None:
     assert "at most 10,000" in big["rejected"][0]["reason"]
 
 
+def test_bodies_of_all_requests_together(start_api: Callable[..., LiveApi]) -> None:
+    api = start_api(max_held_bytes=3_000_000)
+    image, headers = b"x" * 2_000_000, {"content-type": "image/png"}
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9000000\r\n\r\n"
+
+    def classified(data: bytes) -> httpx.Response:
+        return api.client.post("/v1/classify", content=data, headers=headers)
+
+    with socket.create_connection(("127.0.0.1", api.port)) as other:
+        other.sendall(head + image)
+        deadline = time.monotonic() + 10
+        while (response := classified(image)).status_code != 503 and time.monotonic() < deadline:
+            problem(response, 404, "classifier")  # the other's bytes have not all arrived
+        problem(response, 503, "hold too much memory")
+        assert int(response.headers["retry-after"]) > 0
+        problem(classified(b"x"), 404, "classifier")
+    deadline = time.monotonic() + 10
+    while (response := classified(image)).status_code == 503 and time.monotonic() < deadline:
+        pass  # that the other is gone has not been noticed
+    problem(response, 404, "classifier")
+    problem(classified(image * 2), 404, "classifier")  # alone it may
+
+
 def test_how_many_files_and_fields(start_api: Callable[..., LiveApi]) -> None:
     api = start_api(max_files_per_request=3, max_json_bytes=500)
     url = f"/v1/datasets/{api.dataset()}/images"
