@@ -5,7 +5,8 @@ ModelError
 │   ├── UnknownName         no such method, parameter, class; offers the nearest valid one
 │   ├── ShapeMismatch       two arrays disagree; quotes both shapes
 │   ├── MissingKnowledge    class names that the knowledge source does not resolve
-│   └── TooFewSamples       fewer images, classes or patches than the method needs
+│   ├── TooFewSamples       fewer images, classes or patches than the method needs
+│   └── Diverged            a step size with which a training leaves the finite numbers
 ├── UnreadableImage         one file that is no usable image; skipped and reported, never fatal
 ├── NotFitted               asked before `fit`
 ├── OutOfDeviceMemory       a training step does not fit the device, however small its batch
@@ -67,6 +68,13 @@ class MissingKnowledge(InvalidInput):
 
 class TooFewSamples(InvalidInput):
     """Fewer images, classes or patches than the method needs."""
+
+
+class Diverged(InvalidInput):
+    """A training left the finite numbers: its step size is too large for these inputs."""
+
+    def __init__(self, epoch: int, rate: str) -> None:
+        super().__init__(f"Training diverged at epoch {epoch}; lower {rate}.", field=f"params/{rate}")
 
 
 class UnreadableImage(ModelError):

@@ -23,7 +23,7 @@ class Bilinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(embedding_dim)) if bias else None
 
     def forward(self, features: Tensor) -> Tensor:
-        projected = features @ self.weight
+        projected = (features @ self.weight).float()  # in mixed precision too: losses add up what follows
         return projected if self.bias is None else projected + self.bias
 
 
@@ -37,7 +37,7 @@ class BilinearModel(BatchModel):
 
     def _score(self, features: Tensor, embeddings: Tensor) -> Tensor:
         scores: Tensor = self.network(features) @ embeddings.T
-        return scores
+        return scores.float()
 
 
 def violations(scores: Tensor, labels: Tensor, margin: float) -> Tensor:

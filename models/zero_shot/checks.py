@@ -60,18 +60,18 @@ def unit_embeddings(class_embeddings: FloatArray) -> FloatArray:
     bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
     if len(bad):
         raise InvalidInput(f"Class embedding {bad[0]} is zero or not finite; so are {len(bad) - 1} more. Repair them.")
-    if length.max() > LARGEST_FEATURE:
+    if length.max() > LARGEST_FEATURE or length.min() < 1 / LARGEST_FEATURE:  # their squares leave float32
         embeddings = (embeddings / length[:, None]).astype(np.float32)
     return unit_rows(embeddings)
 
 
 def real_numbers(values: FloatArray, name: str) -> FloatArray:
-    """As float32; what is too large for it becomes infinite, and is refused as such."""
+    """As float32, in C order, as torch wants it; what is too large for it becomes infinite, and is refused as such."""
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
         raise InvalidInput(f"{name} must hold real numbers, not {array.dtype}.", field=name)
     with np.errstate(over="ignore"):
-        return np.asarray(array, np.float32)
+        return np.asarray(array, np.float32, order="C")
 
 
 def positions(names: Sequence[str], chosen: Sequence[str]) -> IntArray:

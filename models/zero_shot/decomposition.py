@@ -22,6 +22,7 @@ from torch.nn import functional
 from models.base import OnProgress, Progress
 from models.generative_params import SEGZSLParams
 from models.precision import full_precision
+from models.zero_shot.epochs import refuse_divergence
 from models.zero_shot.generative import Averages
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import linear, perceptron
@@ -185,5 +186,7 @@ def decompose(
                 for rows in islice(steps, params.guess_steps):
                     averages.add(likelihood=decomposer.learn_guess(rows))
             averages.add(**decomposer.learn(next(steps)))
-        on_progress(Progress("decomposition", epoch, params.decomposition_epochs, averages.means()))
+        losses = averages.means()
+        refuse_divergence(losses, epoch, network, "decomposition_learning_rate")
+        on_progress(Progress("decomposition", epoch, params.decomposition_epochs, losses))
     return decomposer

@@ -7,6 +7,7 @@ on all seen classes.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from models.base import FloatArray, LabelledFeatures, OnProgress, Progress, ignore_progress
 from models.classifier_params import EpochParams
-from models.errors import ShapeMismatch
+from models.errors import Diverged, ShapeMismatch
 from models.zero_shot.base import History, Setting, ZeroShotModel
 from models.zero_shot.checkpoints import Run, Tape
 from models.zero_shot.checks import checked
@@ -125,6 +126,7 @@ class EpochModel(ZeroShotModel):
             self.network.to(self.device)
             return
         for entry in self._epochs(train, run, epochs, on_progress):
+            refuse_divergence(entry, int(entry["epoch"]), self.network)
             if not after(entry) or len(run.history) + 1 == epochs:
                 run.history.append(entry)
                 break
@@ -158,6 +160,16 @@ class EpochModel(ZeroShotModel):
 
     def _scaling_kind(self) -> Scaling:
         return self.params.normalize
+
+
+def refuse_divergence(losses: Mapping[str, float], epoch: int, network: nn.Module, rate: str = "learning_rate") -> None:
+    """Raises Diverged where an epoch's `losses` or the `network` after it are not finite; `rate`: what to lower.
+
+    The losses are those before each step, and do not know of the last one's.
+    """
+    is_finite = all(map(math.isfinite, losses.values()))
+    if not is_finite or not all(bool(weight.isfinite().all()) for weight in network.parameters()):
+        raise Diverged(epoch, rate)
 
 
 class _Snapshots:

@@ -51,7 +51,8 @@ class _Spectrum:
 
     def scales(self) -> tuple[float, float]:
         """Mean eigenvalues over all dimensions, (of X^T X, of A^T A): what relative ridges multiply."""
-        return float(self.x_values.mean()), float(self.a_values.sum() / len(self.a_vectors))
+        # Features that are all 0 leave W at 0, whatever the ridge.
+        return float(self.x_values.mean()) or 1.0, float(self.a_values.sum() / len(self.a_vectors))
 
 
 class ESZSL(ZeroShotModel):

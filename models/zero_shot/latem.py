@@ -30,7 +30,7 @@ class LatentMaps(nn.Module):
         self.weight = nn.Parameter(weight)  # (K, D, E)
 
     def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        return features @ self.weight @ embeddings.T
+        return (features @ self.weight @ embeddings.T).float()  # in mixed precision too: losses add them up
 
 
 class LATEM(BatchModel):

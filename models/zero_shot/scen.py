@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from models.base import OnProgress, Progress
 from models.generative_params import SCEGGParams
+from models.zero_shot.epochs import refuse_divergence
 from models.zero_shot.generative import Averages
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.layers import linear, perceptron
@@ -58,7 +59,7 @@ class SCEN(nn.Module):
 
     def look(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """alpha (B, A, R) and the places r (B, R, D) of flattened maps (B, R * D); h is their product."""
-        places = maps.reshape(len(maps), -1, self.channels)
+        places = maps.reshape(len(maps), maps.shape[1] // self.channels, self.channels)  # there may be no maps
         if self.unit_places:
             places = functional.normalize(places, dim=2)
         attention = (places @ (self.vectors @ self.attend).T).transpose(1, 2).softmax(dim=2)
@@ -131,6 +132,7 @@ def train_scen(network: SCEN, params: SCEGGParams, data: TrainingData, on_progre
         _run_stage(
             "embedding",
             params.embedding_epochs,
+            network,
             _optimizer(params, network.parameters()),
             lambda rows: embedding_loss(network, params, data.features[rows], data.labels[rows], data.embeddings),
             params,
@@ -143,6 +145,7 @@ def train_scen(network: SCEN, params: SCEGGParams, data: TrainingData, on_progre
         _run_stage(
             "compression",
             params.compression_epochs,
+            network,
             _optimizer(params, [weight for part in learning for weight in part.parameters()]),
             lambda rows: consistency_loss(network, params, data.features[rows], data.embeddings),
             params,
@@ -155,6 +158,7 @@ def train_scen(network: SCEN, params: SCEGGParams, data: TrainingData, on_progre
 def _run_stage(
     phase: str,
     epochs: int,
+    network: SCEN,
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Tensor], Tensor],
     params: SCEGGParams,
@@ -169,7 +173,9 @@ def _run_stage(
             loss = loss_of(rows)
             descend(optimizer, loss)
             averages.add(loss=loss)
-        on_progress(Progress(phase, epoch, epochs, averages.means()))
+        losses = averages.means()
+        refuse_divergence(losses, epoch, network, "embedding_learning_rate")
+        on_progress(Progress(phase, epoch, epochs, losses))
 
 
 def _optimizer(params: SCEGGParams, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.base import OnProgress, Progress
-from models.errors import InvalidInput
+from models.errors import Diverged, InvalidInput
 from models.params import Params, SearchParams, search_space
 from models.zero_shot.checkpoints import Checkpoints, Keeper
 
@@ -25,7 +25,7 @@ Assess = Callable[[Params, OnProgress], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best parameters, all trials (what was set, t1, h, seconds) in order, and why it ended."""
+    """The best parameters, all trials (what was set, t1, h or a failure, seconds) in order, and why it ended."""
 
     params: Params
     trials: list[dict[str, Any]]
@@ -47,7 +47,8 @@ def search_params(
 
     checkpoints: where finished trials are kept; their seconds count for the budget. inputs: what tells the data of
     `assess` from others, so that trials on others are not taken up.
-    Raises InvalidInput where the method has nothing to search, or all of it is fixed.
+    A training that diverges is a failed trial. Raises InvalidInput where the method has nothing to search, or all of it
+    is fixed, where every trial failed, and where nothing can be measured on the validation classes.
     """
     space = {name: around for name, around in search_space(type(base)).items() if name not in fixed}
     if not space:
@@ -68,19 +69,41 @@ def search_params(
         found = kept.take(number, chosen)
         if found is None:
             before = time.monotonic()
-            report = assess(params, _trial_progress(on_progress, number, budget.trials))
-            measured = {name: float(report[name]) for name in ("t1", "h") if name in report}
+            measured = _measured(assess, params, _trial_progress(on_progress, number, budget.trials))
             found = {"params": chosen, **measured, "seconds": time.monotonic() - before}
         trials.append(found)
         kept.save(trials)
-        value = found[budget.metric] if budget.metric in found else found["t1"]
-        study.tell(trial, value)
-        if value > best_value:
+        value = _value(found, budget.metric)
+        study.tell(trial, value)  # a failure is told as 0, so that the sampler keeps away from there
+        if "failure" not in found and value > best_value:
             best, best_value = params, value
         if sum(done["seconds"] for done in trials) > budget.seconds:
             reason = f"The budget of {budget.seconds:g} s was spent after {number + 1} of {budget.trials} trials."
             break
+    if best_value == -np.inf:
+        raise InvalidInput(f"Every trial failed, the last one so: {trials[-1]['failure']}", field="search")
     return SearchResult(best, [{**trial, "seconds": round(trial["seconds"], 2)} for trial in trials], reason)
+
+
+def _measured(assess: Assess, params: Params, on_progress: OnProgress) -> dict[str, Any]:
+    """t1 and h, as far as there are any; the `failure` of a training that diverges."""
+    try:
+        report = assess(params, on_progress)
+    except Diverged as error:
+        return {"failure": str(error)}
+    measured = {name: float(report[name]) for name in ("t1", "h") if name in report}
+    if not measured:
+        raise InvalidInput(
+            "Validation classes one at a time, without images of seen classes to spare, measure nothing to search by. "
+            "Name at least 2 validation classes, or give classes more images.",
+            field="search",
+        )
+    return measured
+
+
+def _value(found: Mapping[str, Any], metric: str) -> float:
+    """The metric of a trial; the other one where the folds do not let it be measured; 0 of a failure."""
+    return next((float(found[name]) for name in (metric, "t1", "h") if name in found), 0.0)
 
 
 class _FinishedTrials:

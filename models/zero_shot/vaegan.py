@@ -52,6 +52,8 @@ def vae_terms(network: VAEGAN, real: Tensor, embeddings: Tensor, chance: torch.G
 def missed(rebuilt: Tensor, real: Tensor) -> Tensor:
     """Binary cross-entropy of features in [0, 1], (B, D) each: sum over dimensions, mean over the batch."""
     with full_precision(real.device):  # torch refuses this loss in mixed precision
+        # Of NaN, which a training that diverges makes, torch raises on a CPU and loses a GPU for the whole process.
+        rebuilt = rebuilt.nan_to_num(nan=0.5)
         # Training features lie in [0, 1] but for rounding.
         return functional.binary_cross_entropy(rebuilt, real.clamp(0, 1), reduction="none").sum(dim=1).mean()
 

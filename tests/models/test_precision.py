@@ -14,6 +14,7 @@ from models.evaluation import zsl_report
 from models.precision import full_precision, mixed
 from models.zero_shot.base import ZeroShotModel, create_classifier
 from models.zero_shot.decomposition import similarity_loss
+from models.zero_shot.gradient import BatchModel
 from models.zero_shot.layers import linear
 from models.zero_shot.vaegan import missed
 from models.zero_shot.wgan import Critic, descend
@@ -92,3 +93,15 @@ def test_penalty_and_losses_stay_in_float32() -> None:
     with mixed("bf16", "cpu"):
         found = losses()
     assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sje", "ale", "devise", "latem"])
+def test_scores_enter_the_losses_in_float32(name: str) -> None:
+    model = create_classifier(name)
+    assert isinstance(model, BatchModel)
+    model.network = model._make_network(12, 3, chance())
+    rows, embeddings = torch.rand(6, 12, generator=chance(1)), torch.rand(5, 3, generator=chance(2))
+    with mixed("bf16", "cpu"):
+        scores = model._score(rows, embeddings)
+        loss = model._loss(rows, torch.arange(6) % 5, embeddings)
+    assert scores.dtype == loss.dtype == torch.float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -40,3 +42,10 @@ def test_given_ridges_are_kept_and_missing_ones_chosen() -> None:
     one = ESZSL(ESZSLParams(gamma=2.0)).fit(data.train, data.seen_embeddings, validation_classes=validation)
     assert one.validation_["setting"]["gamma"] == 2.0
     assert len({entry["relative_lambda"] for entry in one.history_}) == 9
+
+
+def test_features_that_say_nothing_give_scores_that_say_nothing() -> None:
+    data = made_up()
+    alike = replace(data.train, features=np.ones_like(data.train.features))
+    model = ESZSL().fit(alike, data.seen_embeddings, validation_classes=("class 2", "class 3"))
+    assert not model.scores(alike.features[:3], data.unseen_embeddings).any()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from models.base import OnProgress
 from models.catalog import METHODS, get_method
 from models.classifier_params import GradientParams, SJEParams
-from models.errors import InvalidInput
+from models.errors import Diverged, InvalidInput
 from models.evaluation import mean_per_class_accuracy
 from models.zero_shot import epochs
 from models.zero_shot.base import create_classifier
+from models.zero_shot.bilinear import Bilinear
 from models.zero_shot.checkpoints import Run
-from models.zero_shot.epochs import best_epoch, choose_epoch
+from models.zero_shot.checks import unit_embeddings
+from models.zero_shot.epochs import best_epoch, choose_epoch, refuse_divergence
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import GradientModel, TrainingData
 from models.zero_shot.sje import SJE
@@ -115,3 +119,53 @@ def test_it_is_the_loss_that_makes_a_method_recognise_unseen_classes(name: str) 
     assert t1(1.0) > 0.6
     assert t1(0.0) < 0.4
     assert t1(-1.0) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [
+        ("sje", "learning_rate"),
+        ("cada_vae", "learning_rate"),
+        ("f_vaegan", "learning_rate"),
+        ("tf_vaegan", "learning_rate"),
+        ("se_gzsl", "decomposition_learning_rate"),
+        ("sc_egg", "embedding_learning_rate"),
+    ],
+)
+def test_a_training_that_diverges_says_what_to_lower(method: str, rate: str) -> None:
+    schema = get_method(method, "classifier").params
+    few = {"epochs": 2, "steps_per_epoch": 10, "hidden_dim": 8, "normalize": "none"}
+    params = schema.model_validate({name: value for name, value in few.items() if name in schema.model_fields})
+    data = made_up()
+    # Past any bound: what diverges within the bounds depends on the data.
+    too_large = params.model_copy(update={rate: float("inf")})
+    with pytest.raises(Diverged, match=rf"diverged at epoch 1; lower {rate}\.") as caught:
+        create_classifier(method, too_large).fit(data.train, data.seen_embeddings)
+    assert caught.value.field == f"params/{rate}"
+
+
+def test_a_last_step_that_diverges_is_seen_in_the_weights() -> None:
+    network = Bilinear(3, 2, torch.Generator().manual_seed(0))
+    refuse_divergence({"loss": 1.0}, 1, network)
+    with pytest.raises(Diverged):
+        refuse_divergence({"loss": 1.0, "other": float("inf")}, 1, network)
+    with torch.no_grad():
+        network.weight[0, 0] = torch.nan
+    with pytest.raises(Diverged):
+        refuse_divergence({"loss": 1.0}, 1, network)
+
+
+def test_features_may_be_any_view_of_an_array() -> None:
+    data, params = made_up(), SJEParams(epochs=1, normalize="none")
+    backwards = replace(data.train, features=data.train.features[::-1], labels=data.train.labels[::-1])
+    copied = replace(backwards, features=backwards.features.copy(), labels=backwards.labels.copy())
+    one, other = (SJE(params).fit(rows, data.seen_embeddings) for rows in (backwards, copied))
+    scores = one.scores(data.unseen.features[::-1], data.unseen_embeddings[::-1])
+    assert np.array_equal(scores, other.scores(data.unseen.features[::-1].copy(), data.unseen_embeddings[::-1].copy()))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-18, 1.0, 1e20])
+def test_embeddings_of_any_length_become_unit_vectors(scale: float) -> None:
+    rows = made_up().seen_embeddings.astype(np.float64)
+    found = unit_embeddings(rows * scale)
+    np.testing.assert_allclose(found, rows / np.linalg.norm(rows, axis=1, keepdims=True), rtol=1e-6)

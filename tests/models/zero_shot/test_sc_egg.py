@@ -234,6 +234,7 @@ def test_attention_maps_are_shares_ranked_by_what_speaks_for_the_class() -> None
     assert maps.dimensions[1].tolist() == sorted(range(8), key=lambda n: -strengths[1, n])[:3]
     np.testing.assert_allclose(maps.strengths[1], sorted(strengths[1], reverse=True)[:3], rtol=1e-4)
     np.testing.assert_allclose(maps.local[1, 2].ravel(), attention[1, maps.dimensions[1, 2]], rtol=1e-4)
+    assert model.scen.look(torch.zeros(0, 24))[0].shape == (0, 8, 4)
     with pytest.raises(ShapeMismatch, match="as in training"):
         model.attention(rows[:2], phi)
     with pytest.raises(NotFitted):

@@ -9,7 +9,7 @@ import pytest
 from models.base import OnProgress, Progress, ignore_progress
 from models.catalog import METHODS
 from models.classifier_params import LATEMParams, SJEParams
-from models.errors import Cancelled, InvalidInput
+from models.errors import Cancelled, Diverged, InvalidInput
 from models.params import Params, SearchParams, search_space
 from models.zero_shot import checkpoints
 from models.zero_shot.base import create_classifier
@@ -161,3 +161,51 @@ def test_assessing_is_what_fit_reports() -> None:
     assessed = create_classifier("sje", params).assess(*inputs, validation_classes=VALIDATION)
     fitted = create_classifier("sje", params).fit(*inputs, validation_classes=VALIDATION).validation_
     assert {**assessed, "setting": fitted["setting"]} == fitted
+
+
+@pytest.mark.parametrize("metric", ["t1", "h"])
+def test_what_the_folds_cannot_measure_is_searched_by_the_other_metric(metric: str) -> None:
+    other = {"t1": "h", "h": "t1"}[metric]
+
+    def assess(params: Params, on_progress: OnProgress) -> dict[str, Any]:
+        return {other: near(0.01)(params, on_progress)["h"]}
+
+    budget = SearchParams(trials=5, metric=metric)  # type: ignore[arg-type]  # one of its literals
+    found = search_params(SJEParams(), set(), assess, budget, seed=0, on_progress=ignore_progress)
+    best = max(found.trials, key=lambda trial: float(trial[other]))
+    assert found.params == SJEParams.model_validate({**SJEParams().model_dump(), **best["params"]})
+    with pytest.raises(InvalidInput, match="at least 2 validation classes") as caught:
+        search_params(SJEParams(), set(), lambda *_: {}, budget, seed=0, on_progress=ignore_progress)
+    assert caught.value.field == "search"
+
+
+def test_a_trial_that_diverges_fails_and_the_search_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_each(monkeypatch)
+    kept, limit = Kept(), 0.002
+
+    def assess(params: Params, on_progress: OnProgress) -> dict[str, Any]:
+        assert isinstance(params, SJEParams)
+        if params.learning_rate > limit:
+            raise Diverged(3, "learning_rate")
+        report: dict[str, Any] = near(0.001)(params, on_progress)
+        return report
+
+    def search(assess: Any) -> SearchResult:
+        budget = SearchParams(trials=8)
+        return search_params(
+            SJEParams(), set(), assess, budget, seed=0, on_progress=ignore_progress, checkpoints=kept
+        )  # fmt: skip
+
+    found = search(assess)
+    failed = [trial for trial in found.trials if "failure" in trial]
+    assert found.trials[0] in failed  # the defaults
+    assert failed[0]["failure"] == "Training diverged at epoch 3; lower learning_rate."
+    assert 0 < len(failed) < len(found.trials) == 8
+    assert isinstance(found.params, SJEParams)
+    assert found.params.learning_rate <= limit
+    again = search(lambda *_: pytest.fail("all trials were kept"))
+    assert (again.params, again.trials) == (found.params, found.trials)
+    kept.states.clear()
+    limit = 0
+    with pytest.raises(InvalidInput, match="Every trial failed, the last one so: Training diverged"):
+        search(assess)
