@@ -59,7 +59,7 @@ class GenerativeParams(EpochParams):
     )
     shrinkage: float | None = Field(
         None,
-        gt=0,
+        ge=1e-4,  # less leaves float32 nothing to invert where features are more than images
         le=1,
         description="lda: share of the identity in the covariance; none: chosen on validation classes, 0.3 without.",
     )
@@ -122,7 +122,9 @@ class TFVAEGANParams(FVAEGANParams):
         True, description="Let the generator's step train the decoder too; the authors' code does so but on AWA."
     )
     feedback_weight: float = Field(1.0, ge=0, le=100, description="delta, weight of the feedback in training; 0: none.")
-    synthesis_feedback_weight: float = Field(1.0, ge=0, le=100, description="The same when features are generated.")
+    synthesis_feedback_weight: float = Field(
+        1.0, ge=0, le=100, description="The same when features are generated; none without feedback in training."
+    )
     feedback_learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's step size for the feedback module.")
     enhanced: bool = Field(
         True, description="Final classifier on features with their decoded embedding and the decoder's hidden units."

@@ -62,7 +62,7 @@ class PrototypeNetwork(nn.Module):
     def places(self, rows: Tensor) -> Tensor:
         """Maps (B, R, D) of features (B, feature_dim)."""
         if self.tail is None:
-            return rows.reshape(len(rows), -1, self.channels)
+            return rows.reshape(len(rows), rows.shape[1] // self.channels, self.channels)  # there may be no rows
         maps: Tensor = self.tail(rows)
         return maps
 
@@ -206,8 +206,8 @@ class APNSpatial(GradientModel):
         self._channels = _checked_channels(features, self._tail, self.params.mode)
         _group_rows(self.params.attribute_groups, embeddings.shape[1], "cpu")
 
-    def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
-        digest = hashlib.sha256(f"{super()._identity(raw, labels, folds)} {self._channels} ".encode())
+    def _identity(self, raw: Rows, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
+        digest = hashlib.sha256(f"{super()._identity(raw, folds)} {self._channels} ".encode())
         if self._tail is not None:
             for name, tensor in sorted(self._tail.state_dict().items()):
                 digest.update(name.encode() + tensor.cpu().numpy().tobytes())

@@ -58,6 +58,7 @@ class ZeroShotModel(ABC):
                 f"{type(self).__name__} takes {self.params_class.__name__}, not {type(params).__name__}.",
                 field="params",
             )
+        self._given = self.params  # a fit may settle or change some; the next one starts from these
         self.seed = seed
         self.device = device
         self._fitted = False
@@ -125,7 +126,7 @@ class ZeroShotModel(ABC):
 
         def train(params: Params) -> None:
             self.params = params
-            self._tape = Tape(checkpoints, self._identity(raw, rows.labels, folds) if checkpoints else "")
+            self._tape = Tape(checkpoints, self._identity(rows, folds) if checkpoints else "")
             self._fit(rows, features.class_names, folds, on_progress)
 
         told = with_smaller_batches(self.params, train, lambda note: on_progress(Progress("training", 0, note=note)))
@@ -249,6 +250,7 @@ class ZeroShotModel(ABC):
         validation_embeddings: FloatArray | EmbeddingsOf | None,
     ) -> tuple[FloatArray, FloatArray, list[tuple[IntArray, FloatArray]]]:
         """Checked features and unit embeddings; of each fold its classes, and all embeddings while these are unseen."""
+        self.params = self._given
         raw, embeddings = checked(features, class_embeddings)
         names = features.class_names
         held_classes = positions(names, validation_classes)
@@ -264,10 +266,10 @@ class ZeroShotModel(ABC):
     def _meet(self, features: LabelledFeatures, embeddings: FloatArray) -> None:  # noqa: B027 - most have no need
         """Take in what a method needs to know of checked training features and unit embeddings before it learns."""
 
-    def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
+    def _identity(self, raw: Rows, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
         """Digest of all that decides a fit."""
         about = f"{self.method} {self.params.model_dump_json()} {self.seed}"
-        return digest(about, raw, labels, *(array for fold in folds for array in fold))
+        return digest(about, raw.features, raw.labels, raw.embeddings, *(array for fold in folds for array in fold))
 
     def _choose(
         self,

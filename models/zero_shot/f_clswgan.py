@@ -3,7 +3,7 @@
 Xian et al., "Feature Generating Networks for Zero-Shot Learning" (CVPR 2018, https://arxiv.org/abs/1712.00981):
     min_G max_D  L_WGAN + beta L_CLS,  L_CLS = -E log P(y | G(z, a_y))                                   (Eq. 3, 4)
 with P a softmax that was trained on real features of the seen classes. Networks as in the authors' code: one hidden
-layer with leaky ReLU; G ends in ReLU, as the features do.
+layer with leaky ReLU; G ends in ReLU where the features do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FCLSWGAN(GenerativeModel):
     signed_scaling = "zscore"
 
     def _make_network(self, feature_dim: int, embedding_dim: int, generator: torch.Generator) -> nn.Module:
-        return perceptron_generator(self.params, feature_dim, embedding_dim, generator)
+        return perceptron_generator(self.params, feature_dim, embedding_dim, generator, is_signed=self._is_signed)
 
     def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
         noise = draw(len(embeddings), noise_dim(self.params, embeddings.shape[1]), generator)

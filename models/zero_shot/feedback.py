@@ -83,6 +83,14 @@ def reconstruction_loss(found: Tensor, embeddings: Tensor, kind: str) -> Tensor:
     return errors.sum(dim=1).mean()
 
 
+def synthesise(
+    network: FeedbackVAEGAN, params: TFVAEGANParams, embeddings: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Features (B, D) of embeddings (B, E) after training; a feedback module that was not trained has no say."""
+    noise = draw(len(embeddings), network.vae.noise_dim, generator)
+    return network.make(noise, embeddings, params.synthesis_feedback_weight if params.feedback_weight else 0.0)
+
+
 def train_with_feedback(
     network: FeedbackVAEGAN,
     params: TFVAEGANParams,
@@ -90,7 +98,7 @@ def train_with_feedback(
     seed: int,
     extra_loss: GeneratorLoss | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Epochs without end: half of an epoch's steps without feedback, half with it; losses after each."""
+    """Epochs without end: half of an epoch's steps without feedback, the others with it; losses after each."""
     chance, device = data.generator, data.features.device
     adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], seed, str(device))
     of_vae, of_semantic = adam(params, network.vae), adam(params, network.semantic)
@@ -99,13 +107,13 @@ def train_with_feedback(
     )
     steps = Batches(len(data.features), params.batch_size, chance)
     data.run.resume(**adversary.parts(), vae=of_vae, semantic=of_semantic, feedback=of_feedback, steps=steps)
-    half = max(1, params.steps_per_epoch // 2)
+    half = params.steps_per_epoch // 2
     while True:
         averages = Averages()
-        for weight in (0.0, params.feedback_weight):
+        for weight, n_steps in ((0.0, half), (params.feedback_weight, params.steps_per_epoch - half)):
             optimizers = [of_vae, *([of_semantic] if params.train_decoder_on_fake else [])]
             optimizers += [of_feedback] if weight else []
-            for _ in range(half):
+            for _ in range(n_steps):
                 for rows in islice(steps, params.critic_steps):
                     real, embeddings = data.features[rows], data.embeddings[data.labels[rows]]
                     decoded = reconstruction_loss(network.semantic(real)[0], embeddings, params.reconstruction)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from models.zero_shot.gradient import TrainingData
 from models.zero_shot.scaling import Scaling
 
 PART_ROWS = 8192
-_FINAL, _SEEN, _SHIFT = "final/", "seen_embeddings", "shift"
+_FINAL, _SEEN, _SHIFT, _SIGNED = "final/", "seen_embeddings", "shift", "is_signed"
 
 
 class GenerativeModel(EpochModel):
@@ -47,6 +47,8 @@ class GenerativeModel(EpochModel):
     params: GenerativeParams
     signed_scaling: ClassVar[Scaling] = "minmax"
     """What `normalize: auto`, where a method takes it, is if features can be negative; else it is minmax."""
+    _is_signed: bool = False
+    """Whether any training feature is negative."""
 
     # -- what a method writes ------------------------------------------------------------------------------------------
 
@@ -78,11 +80,19 @@ class GenerativeModel(EpochModel):
 
     def _meet(self, features: LabelledFeatures, embeddings: FloatArray) -> None:
         super()._meet(features, embeddings)
+        self._is_signed = bool(np.min(features.features) < 0)
         if self.params.normalize == "auto":
             # What ends in a ReLU is 0 where a feature says nothing, and minmax keeps that. Other features have no such
             # end: squeezed into [0, 1] all rows lie about the middle, and what tells classes apart is lost in noise.
-            scaling = self.signed_scaling if np.min(features.features) < 0 else "minmax"
+            scaling = self.signed_scaling if self._is_signed else "minmax"
             self.params = self.params.model_copy(update={"normalize": scaling})
+
+    def _trial(
+        self, raw: FloatArray, labels: IntArray, embeddings: FloatArray, fold: IntArray, learn_rows: IntArray
+    ) -> tuple[Self, Rows, Rows, Rows]:
+        trial, rows, train, held = super()._trial(raw, labels, embeddings, fold, learn_rows)
+        trial._is_signed = self._is_signed
+        return trial, rows, train, held
 
     def _epochs(self, train: Rows, run: Run, epochs: int, on_progress: OnProgress) -> Iterator[dict[str, float]]:
         weights = torch.Generator().manual_seed(self.seed)
@@ -189,9 +199,11 @@ class GenerativeModel(EpochModel):
 
     def _state(self) -> dict[str, FloatArray]:
         final = {_FINAL + name: tensor.detach().cpu().numpy() for name, tensor in self._final.state().items()}
-        return {**super()._state(), **final, _SEEN: self._seen, _SHIFT: self._shift.cpu().numpy()}
+        told = {_SEEN: self._seen, _SHIFT: self._shift.cpu().numpy(), _SIGNED: np.array([self._is_signed])}
+        return {**super()._state(), **final, **told}
 
     def _restore(self, state: Mapping[str, FloatArray]) -> None:
+        self._is_signed = bool(state.get(_SIGNED, np.zeros(1))[0])  # not in older files
         super()._restore(state)
         self._seen = state[_SEEN]
         self._shift = torch.from_numpy(state[_SHIFT]).to(self.device)

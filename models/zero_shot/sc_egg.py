@@ -27,9 +27,9 @@ from models.zero_shot.attention import AttentionMaps, check_pairs, map_channels
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Checkpoints
 from models.zero_shot.checks import EmbeddingsOf
-from models.zero_shot.feedback import FeedbackVAEGAN, train_with_feedback
+from models.zero_shot.feedback import FeedbackVAEGAN, synthesise, train_with_feedback
 from models.zero_shot.folds import Rows
-from models.zero_shot.generative import GenerativeModel, draw, noise_dim
+from models.zero_shot.generative import GenerativeModel, noise_dim
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.scaling import unit_rows
 from models.zero_shot.scen import SCEN, train_scen
@@ -117,8 +117,7 @@ class SCEGG(GenerativeModel):
         return FeedbackVAEGAN(self._channels, embedding_dim, width, self.params.hidden_dim, generator)
 
     def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-        noise = draw(len(embeddings), self.network.vae.noise_dim, generator)
-        return self.network.make(noise, embeddings, self.params.synthesis_feedback_weight)
+        return synthesise(self.network, self.params, embeddings, generator)
 
     def _represent(self, features: Tensor) -> Tensor:
         return self.network.enhance(features, self.params.hidden_weight) if self.params.enhanced else features
@@ -185,9 +184,9 @@ class SCEGG(GenerativeModel):
         super()._meet(features, embeddings)
         self._channels = map_channels(features, "SC-EGG", "another method")
 
-    def _identity(self, raw: FloatArray, labels: IntArray, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
+    def _identity(self, raw: Rows, folds: Sequence[tuple[IntArray, FloatArray]]) -> str:
         vectors = b"" if self._vectors is None else self._vectors.tobytes()
-        start = f"{super()._identity(raw, labels, folds)} {self._channels} ".encode()
+        start = f"{super()._identity(raw, folds)} {self._channels} ".encode()
         return hashlib.sha256(start + vectors).hexdigest()
 
     def _trial(

@@ -46,7 +46,9 @@ class SEGZSL(GenerativeModel):
         params = self.params
         return SemanticGenerator(
             Decomposition(params, feature_dim, embedding_dim, generator),
-            perceptron_generator(params, feature_dim, embedding_dim, generator, slope=params.slope),
+            perceptron_generator(
+                params, feature_dim, embedding_dim, generator, is_signed=self._is_signed, slope=params.slope
+            ),
         )
 
     def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from models.base import OnProgress
 from models.generative_params import TFVAEGANParams
 from models.params import Params
-from models.zero_shot.feedback import FeedbackVAEGAN, train_with_feedback
-from models.zero_shot.generative import GenerativeModel, draw, noise_dim
+from models.zero_shot.feedback import FeedbackVAEGAN, synthesise, train_with_feedback
+from models.zero_shot.generative import GenerativeModel, noise_dim
 from models.zero_shot.gradient import TrainingData
 
 
@@ -34,8 +34,7 @@ class TFVAEGAN(GenerativeModel):
         return FeedbackVAEGAN(feature_dim, embedding_dim, width, self.params.hidden_dim, generator)
 
     def _generate(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-        noise = draw(len(embeddings), self.network.vae.noise_dim, generator)
-        return self.network.make(noise, embeddings, self.params.synthesis_feedback_weight)
+        return synthesise(self.network, self.params, embeddings, generator)
 
     def _represent(self, features: Tensor) -> Tensor:
         return self.network.enhance(features, self.params.hidden_weight) if self.params.enhanced else features

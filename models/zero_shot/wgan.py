@@ -28,17 +28,24 @@ Make = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def perceptron_generator(
-    params: GANParams, feature_dim: int, embedding_dim: int, generator: torch.Generator, *, slope: float = 0.2
+    params: GANParams,
+    feature_dim: int,
+    embedding_dim: int,
+    generator: torch.Generator,
+    *,
+    is_signed: bool,
+    slope: float = 0.2,
 ) -> nn.Sequential:
     """G: [z; a] to features through one hidden layer with leaky ReLU; weights from `generator`.
 
-    It ends in ReLU where no scaled feature is negative.
+    It ends in ReLU where no scaled feature is negative; is_signed: whether one is before it is scaled.
     """
+    is_positive = params.normalize == "minmax" or (params.normalize == "none" and not is_signed)
     return perceptron(
         [noise_dim(params, embedding_dim) + embedding_dim, params.hidden_dim, feature_dim],
         generator,
         hidden=lambda: nn.LeakyReLU(slope),
-        output=nn.ReLU() if params.normalize in ("minmax", "none") else None,
+        output=nn.ReLU() if is_positive else None,
     )
 
 

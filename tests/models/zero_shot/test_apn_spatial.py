@@ -332,3 +332,12 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         APNSpatial(params(attribute_groups=(0, 1, 1))).fit(DATA.train, DATA.seen_embeddings)
     with pytest.raises(ValidationError, match="'normalize' must be 'none'"):
         params(mode="finetune", normalize="zscore")
+
+
+def test_no_images_have_no_scores() -> None:
+    one_each = np.unique(DATA.train.labels, return_index=True)[1]
+    train = replace(DATA.train, features=DATA.train.features[one_each], labels=DATA.train.labels[one_each])
+    model = APNSpatial(params(epochs=1)).fit(train, DATA.seen_embeddings)  # none to spare for the calibration
+    assert model.scores(np.zeros((0, 24), np.float32), DATA.unseen_embeddings).shape == (0, 4)
+    tail = trunk().tail()
+    assert tail(torch.zeros(0, math.prod(tail.shape))).shape[::2] == (0, tail.channels)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import Progress
+from models.base import FloatArray, Progress
 from models.catalog import METHODS
 from models.errors import Cancelled
 from models.params import Params
@@ -89,6 +89,26 @@ def test_checkpoints_of_other_inputs_or_parameters_are_not_used() -> None:
         mixed.scores(DATA.unseen.features, DATA.unseen_embeddings),
         plain.scores(DATA.unseen.features, DATA.unseen_embeddings),
     )
+
+
+def test_checkpoints_know_the_validation_classes_own_embeddings() -> None:
+    params, kept = quick("sje").model_copy(update={"epochs": 2}), Kept()
+    turned = DATA.seen_embeddings.copy()
+    turned[[1, 5, 9]] = turned[[5, 9, 1]]
+
+    def scores(embeddings: FloatArray, kept: Kept | None) -> FloatArray:
+        model = create_classifier("sje", params).fit(
+            DATA.train,
+            embeddings,
+            validation_classes=VALIDATION,
+            validation_embeddings=DATA.seen_embeddings[[1, 5, 9]],
+            checkpoints=kept,
+        )
+        return model.scores(DATA.unseen.features, DATA.unseen_embeddings)
+
+    first = scores(DATA.seen_embeddings, kept)
+    assert not np.array_equal(scores(turned, kept), first)
+    assert np.array_equal(scores(turned, kept), scores(turned, None))
 
 
 def test_a_file_comes_back_whole_or_counts_as_none(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.generative_params import TFVAEGANParams
-from models.zero_shot.feedback import FeedbackVAEGAN, reconstruction_loss, train_with_feedback
+from models.zero_shot.feedback import FeedbackVAEGAN, reconstruction_loss, synthesise, train_with_feedback
 from models.zero_shot.gradient import TrainingData
 from models.zero_shot.tf_vaegan import TFVAEGAN
 from tests.models.zero_shot.made_up import made_up
@@ -122,3 +122,31 @@ def test_final_classifier_sees_enhanced_features_only_if_asked() -> None:
         params = TFVAEGANParams.model_validate({**SMALL, "enhanced": enhanced})
         model = TFVAEGAN(params).fit(made.train, made.seen_embeddings)
         assert model._state()["final/means"].shape == (12, width)
+
+
+def test_feedback_that_was_not_trained_does_not_synthesise() -> None:
+    net, embeddings = network(), data().embeddings
+    without, told = (
+        synthesise(net, TFVAEGANParams(feedback_weight=weight, synthesis_feedback_weight=1), embeddings, seeded(1))
+        for weight in (0.0, 0.5)
+    )
+    noise = torch.randn(4, 2, generator=seeded(1))
+    assert torch.equal(without, net.make(noise, embeddings, 0.0))
+    assert torch.equal(told, net.make(noise, embeddings, 1.0))
+
+
+@pytest.mark.parametrize(("n_steps", "without"), [(1, 0), (2, 1), (5, 2)])
+def test_an_epoch_has_its_steps_of_which_half_are_without_feedback(n_steps: int, without: int) -> None:
+    net, steps = network(), 0
+    in_feedback: list[int] = []
+    net.feedback.register_forward_hook(lambda *_: in_feedback.append(steps))
+
+    def count(fake: Tensor, labels: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return fake.new_zeros(())
+
+    params = TFVAEGANParams.model_validate({**SMALL, "hidden_dim": 8, "noise_dim": 2, "steps_per_epoch": n_steps})
+    next(train_with_feedback(net, params, data(), 0, count))
+    assert steps == n_steps
+    assert in_feedback[0] == without

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional
 
@@ -18,7 +20,7 @@ from models.zero_shot.base import create_classifier, load_classifier
 from models.zero_shot.f_clswgan import FCLSWGAN
 from models.zero_shot.f_vaegan import FVAEGAN
 from models.zero_shot.final import SHRINKAGES, Competing, LinearDiscriminants, RealRows, make_final, match_seen
-from models.zero_shot.generative import Batches
+from models.zero_shot.generative import Batches, GenerativeModel
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, vae_terms
 from models.zero_shot.wgan import Adversary, Critic
 from tests.models.zero_shot.made_up import made_up
@@ -273,3 +275,43 @@ def test_scaling_is_settled_by_whether_features_can_be_negative(method: str, if_
         assert np.array_equal(found[0], found[2])
         told = create_classifier(method, params).assess(rows, DATA.seen_embeddings, validation_classes=VALIDATION)
         assert told["t1"] == model.validation_["t1"]
+
+
+@pytest.mark.parametrize("method", ["f_clswgan", "se_gzsl"])
+def test_features_that_are_not_scaled_are_negative_where_training_features_are(method: str, tmp_path: Path) -> None:
+    schema = get_method(method, "classifier").params
+    few = {"epochs": 1, "steps_per_epoch": 1, "hidden_dim": 8, "folds": 1, "decomposition_epochs": 1}
+    params = schema.model_validate(
+        {"normalize": "none", **{name: value for name, value in few.items() if name in schema.model_fields}}
+    )
+    for offset, is_signed in ((0, False), (3, True)):
+        rows = replace(DATA.train, features=DATA.train.features - offset)
+        model = create_classifier(method, params).fit(rows, DATA.seen_embeddings, validation_classes=VALIDATION)
+        assert isinstance(model, GenerativeModel)
+        conditions = torch.from_numpy(DATA.unseen_embeddings)
+        assert bool((model._generate(conditions, seeded()) < 0).any()) == is_signed
+        model.save(tmp_path)
+        scores = model.scores(rows.features, DATA.seen_embeddings)
+        assert np.array_equal(load_classifier(tmp_path).scores(rows.features, DATA.seen_embeddings), scores)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["is_signed"]  # a file of before: its generator ended in a ReLU
+        save_file(weights, tmp_path / "model.safetensors")
+        older = load_classifier(tmp_path)
+        assert isinstance(older, GenerativeModel)
+        assert not (older._generate(conditions, seeded()) < 0).any()
+
+
+def test_scaling_is_settled_at_each_fit() -> None:
+    model = FCLSWGAN(FCLSWGANParams(epochs=1, steps_per_epoch=1, hidden_dim=8))
+    for offset, wanted in ((0, "minmax"), (1, "zscore"), (0, "minmax")):
+        model.fit(replace(DATA.train, features=DATA.train.features - offset), DATA.seen_embeddings)
+        assert model.params.normalize == wanted
+
+
+def test_shrinkage_leaves_a_covariance_that_can_be_inverted() -> None:
+    with pytest.raises(ValidationError):
+        FCLSWGANParams(shrinkage=0.99e-4)
+    least = FCLSWGANParams(epochs=1, steps_per_epoch=1, hidden_dim=8, shrinkage=1e-4)
+    wide = np.maximum(np.random.default_rng(0).normal(size=(180, 600)), 0).astype(np.float32)
+    model = FCLSWGAN(least).fit(replace(DATA.train, features=wide), DATA.seen_embeddings)
+    assert np.isfinite(model.scores(wide[:2], DATA.unseen_embeddings)).all()
