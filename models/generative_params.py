@@ -161,8 +161,8 @@ class SCEGGParams(TFVAEGANParams):
     guidance_weight: float = Field(0.1, ge=0, le=1e4, description="lambda_s, weight of L_EGS; 0 leaves it out.")
     code_compat: bool = Field(
         False,
-        description="Where the authors' code differs: RMSprop in stages 1 and 2; from stage 2 on the mean over "
-        "dimensions for SC and a new, two-layer CLS_g; L_SCR as a mean.",
+        description="Where the authors' code differs: RMSprop with a weight decay of 0.0001 in stages 1 and 2; from "
+        "stage 2 on the mean over dimensions for SC and a new, two-layer CLS_g; L_SCR as a mean.",
     )
 
 

@@ -103,7 +103,11 @@ def train_with_feedback(
     adversary = Adversary(params, data.features.shape[1], data.embeddings.shape[1], seed, str(device))
     of_vae, of_semantic = adam(params, network.vae), adam(params, network.semantic)
     of_feedback = torch.optim.Adam(
-        network.feedback.parameters(), lr=params.feedback_learning_rate, betas=(0.5, 0.999), fused=True
+        network.feedback.parameters(),
+        lr=params.feedback_learning_rate,
+        betas=(0.5, 0.999),
+        weight_decay=params.weight_decay,
+        fused=True,
     )
     steps = Batches(len(data.features), params.batch_size, chance)
     data.run.resume(**adversary.parts(), vae=of_vae, semantic=of_semantic, feedback=of_feedback, steps=steps)

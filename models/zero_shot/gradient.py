@@ -75,16 +75,21 @@ class GradientModel(EpochModel):
         optimizer = self._optimizer()
         run.resume(network=self.network, optimizer=optimizer, chance=Chance(generator))
         for epoch in range(len(run.history) + 1, epochs + 1):
-            loss = 0.0
+            losses: list[Tensor] = []
             order = torch.randperm(len(features), generator=generator).to(self.device)
-            for rows in torch.split(order, self.params.batch_size):
+            batches = torch.split(order, self.params.batch_size)
+            for rows in batches:
                 with mixed(self.params.precision, self.device):
                     step_loss = objective(rows)
                 optimizer.zero_grad()
                 step_loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
                 optimizer.step()
-                loss += step_loss.item() * len(rows) / len(features)
-            yield {"epoch": float(epoch), "loss": loss}
+                losses.append(step_loss.detach())
+            mean = 0.0
+            # Read once, at the end: reading one waits for the device.
+            for loss, rows in zip(torch.stack(losses).tolist(), batches, strict=True):
+                mean += loss * len(rows) / len(features)
+            yield {"epoch": float(epoch), "loss": mean}
 
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
         with torch.no_grad():

@@ -182,4 +182,4 @@ def _optimizer(params: SCEGGParams, weights: Iterable[nn.Parameter]) -> torch.op
     rate = params.embedding_learning_rate
     if params.code_compat:
         return torch.optim.RMSprop(weights, lr=rate, weight_decay=1e-4, momentum=0.9)
-    return torch.optim.Adam(weights, lr=rate)
+    return torch.optim.Adam(weights, lr=rate, weight_decay=params.weight_decay)

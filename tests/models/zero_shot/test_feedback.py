@@ -150,3 +150,16 @@ def test_an_epoch_has_its_steps_of_which_half_are_without_feedback(n_steps: int,
     next(train_with_feedback(net, params, data(), 0, count))
     assert steps == n_steps
     assert in_feedback[0] == without
+
+
+def test_weight_decay_is_the_feedback_modules_too() -> None:
+
+    def size_after(weight_decay: float) -> float:
+        net = network()
+        # Feedback that weighs next to nothing teaches nothing: only decay moves it.
+        few = {**SMALL, "hidden_dim": 8, "noise_dim": 2, "feedback_weight": 1e-30, "weight_decay": weight_decay}
+        next(train_with_feedback(net, TFVAEGANParams.model_validate(few), data(), 0))
+        return float(net.feedback[0].weight.detach().norm())
+
+    assert size_after(0.0) == pytest.approx(float(network().feedback[0].weight.detach().norm()), rel=1e-6)
+    assert size_after(0.1) < 0.999 * size_after(0.0)

@@ -274,3 +274,15 @@ def test_code_s_variant_is_saved_and_loaded(tmp_path: Path) -> None:
     assert again.scen.is_averaged
     given = MADE.unseen.features, MADE.unseen_embeddings
     np.testing.assert_array_equal(model.scores(*given), again.scores(*given))
+
+
+def test_weight_decay_holds_in_its_first_stages() -> None:
+
+    def size_after(weight_decay: float) -> float:
+        params = small(local_weight=1e-30, global_weight=0, compression_epochs=0, weight_decay=weight_decay)
+        net = network(params)
+        train_scen(net, params, data(), ignore_progress)
+        return float(net.embed.detach().norm())
+
+    assert size_after(0.0) == pytest.approx(float(network(small()).embed.detach().norm()), rel=1e-6)
+    assert size_after(0.1) < 0.999 * size_after(0.0)
