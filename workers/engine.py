@@ -177,25 +177,33 @@ class Engine:
             if time.monotonic() - self._last_success < FRESH_S:
                 return
             network, size = self._last_network
-            request = Request(network() or self._pulse, size, list, [None], 1)  # it may have been thrown out
-            self._open.add(request)
-            self._n_pending += 1
-            self._ready.append(Ready(torch.full((3, size, size), 128, dtype=torch.uint8), request, 0))
-            self._changed.notify_all()
+        future = self.grey(network() or self._pulse, size)  # it may have been thrown out
         since = time.monotonic()
-        while not wait_for([request.future], timeout=max(0.0, since + timeout_s - time.monotonic())).done:
+        while not wait_for([future], timeout=max(0.0, since + timeout_s - time.monotonic())).done:
             since = max(since, self._last_end)  # a long queue is no illness
             if time.monotonic() - since > timeout_s or not all(thread.is_alive() for thread in self._threads):
-                request.future.cancel()
+                future.cancel()
                 raise EngineSick(f"The device has not finished a batch for {timeout_s:g} s.")
         try:
-            [row] = request.future.result()
+            [row] = future.result()
         except EngineClosed:
             raise
         except Exception as error:
             raise EngineSick(f"The device failed: {error}") from error
         if not np.isfinite(row).all():
             raise EngineSick("The device gives features that are no numbers.")
+
+    def grey(self, network: FeatureExtractor, size: int) -> Future[list[FloatArray]]:
+        """The row of features of one grey image; it passes by the decoders."""
+        request = Request(network, size, list, [None], 1)
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("The inference engine is shut down.")
+            self._open.add(request)
+            self._n_pending += 1
+            self._ready.append(Ready(torch.full((3, size, size), 128, dtype=torch.uint8), request, 0))
+            self._changed.notify_all()
+        return request.future
 
     def _submit(
         self,

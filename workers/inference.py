@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -38,6 +39,7 @@ from service.core.process import compute_environment, restart_with, settle
 from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, ImageError
+from workers.heads import Heads
 from workers.library import Competing, Library
 from workers.predictions import Look, Resident
 from workers.runner import open_services
@@ -46,7 +48,6 @@ from workers.runtime import choose_device
 log = structlog.get_logger("unseen.inference")
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
-GRACE_S = 2.0
 SICK = 70
 """Exit status: the device failed."""
 
@@ -57,6 +58,7 @@ class Inference:
     def __init__(self, library: Library, engine: Engine) -> None:
         self.library = library
         self.engine = engine
+        self.heads = Heads()
 
     async def health(self, _request: Request) -> Response:
         """The process answers, and its device computes: an image went through a network now or moments ago."""
@@ -64,14 +66,20 @@ class Inference:
         return _json({"status": "ok", "device": self.engine.device, "resident": self.library.resident_names()})
 
     def warm_up(self) -> None:
-        """Load the newest classifier and send an image through it, so that the first request finds all in place."""
+        """Load the newest classifier and send an image through it, so that the first request finds all in place.
+
+        What is only trained when somebody asks for it is not: the image goes through the network alone.
+        """
         try:
             newest = self.library.newest_classifier()
             if newest is not None:
-                competing = self.library.competing(self.library.state(newest), "all", None)
+                resident = self.library.competing(self.library.state(newest), "all", None).resident
+                if resident.classifier.is_joint:
+                    self.engine.grey(resident.backbone, resident.size).result()
+                    return
                 blank = io.BytesIO()
                 Image.new("RGB", (64, 64)).save(blank, "JPEG")
-                self.engine.classify(competing.resident, [blank.getvalue()], class_names=competing.names).result()
+                self.engine.classify(resident, [blank.getvalue()]).result()
         except Exception as error:  # whoever asks for it will hear what is wrong with it
             log.warning("warm-up failed", error=str(error))
 
@@ -98,56 +106,80 @@ class Inference:
 
     async def classify(self, request: Request) -> Response:
         """Predictions for images that follow the options in the body (see `service.inference_client`)."""
-        options, images = split_body(await request.body())
-        competing = await self._competing(options, options["scope"], options["class_names"])
-        gamma = competing.resident.gamma if options["gamma"] is None else float(options["gamma"])
-        asked = {"class_names": competing.names, "top_k": options["top_k"], "gamma": gamma}
-        answers = await self._answers(request, options, self.engine.classify, competing.resident, images, **asked)
-        results = [_result(answer, competing.provenance if options["explain"] else None) for answer in answers]
-        return _json({"gamma": gamma, "results": results})
+        return await _in_time(request, self._classify)
 
     async def infer(self, request: Request) -> Response:
         """What images of classes that nobody has described are like."""
-        options, images = split_body(await request.body())
-        competing = await self._competing(options, "all", options["class_names"])
-        asked = {"tau": options["tau"], "top_k": options["top_k"]}
-        found = await self._answers(request, options, self.engine.infer, competing.resident, images, **asked)
-        return _json({"results": [_relatives(answer) for answer in found]})
+        return await _in_time(request, self._infer)
 
     async def look(self, request: Request) -> Response:
         """Where a classifier looks in images, for the class named or the likeliest one."""
-        options, images = split_body(await request.body())
+        return await _in_time(request, self._look)
+
+    async def _classify(self, asked: _Asked) -> Response:
+        options = asked.options
+        competing = await self._competing(asked, options["scope"], options["class_names"])
+        gamma = competing.resident.gamma if options["gamma"] is None else float(options["gamma"])
+        how = {"class_names": competing.names, "top_k": options["top_k"], "gamma": gamma}
+        answers = await asked.answers(self.engine.classify, competing.resident, **how)
+        results = [_result(answer, competing.provenance if options["explain"] else None) for answer in answers]
+        return _json({"gamma": gamma, "results": results})
+
+    async def _infer(self, asked: _Asked) -> Response:
+        options = asked.options
+        competing = await self._competing(asked, "all", options["class_names"])
+        how = {"tau": options["tau"], "top_k": options["top_k"]}
+        found = await asked.answers(self.engine.infer, competing.resident, **how)
+        return _json({"results": [_relatives(answer) for answer in found]})
+
+    async def _look(self, asked: _Asked) -> Response:
+        options = asked.options
         named = [options["class_name"]] if options["class_name"] is not None else None
-        competing = await self._competing(options, "all", named)
+        competing = await self._competing(asked, "all", named)
         names = await run_in_threadpool(self.library.dimension_names, options["classifier"]["id"])
-        asked = {"class_names": competing.names, "top_k": options["top_k"]}
-        found = await self._answers(request, options, self.engine.look, competing.resident, images, **asked)
+        how = {"class_names": competing.names, "top_k": options["top_k"]}
+        found = await asked.answers(self.engine.look, competing.resident, **how)
         return _json({"results": [_look(answer, names) for answer in found]})
 
-    async def _competing(self, options: dict[str, Any], scope: str, names: Sequence[str] | None) -> Competing:
+    async def _competing(self, asked: _Asked, scope: str, names: Sequence[str] | None) -> Competing:
         """The classes of a request, by the state of the classifier as the API has just read it."""
-        state = ClassifierState(**options["classifier"])
-        if names is None and (held := self.library.competing_at_once(state, scope)) is not None:
-            return held
-        return await run_in_threadpool(self.library.competing, state, scope, names)
+        state = ClassifierState(**asked.options["classifier"])
+        competing = self.library.competing_at_once(state, scope) if names is None else None
+        if competing is None:
+            competing = await run_in_threadpool(self.library.competing, state, scope, names)
+        if not competing.resident.classifier.is_joint:
+            return competing
+        resident = self.heads.ready(competing.resident)
+        if resident is None:
+            resident = await unless_gone(asked.receive, self.heads.trained(competing.resident))
+        return dataclasses.replace(competing, resident=resident)
 
-    @staticmethod
-    async def _answers(
-        request: Request,
-        options: dict[str, Any],
-        submit: Callable[..., Future[list[T]]],
-        resident: Resident,
-        images: list[bytes],
-        **asked: Any,
-    ) -> list[T]:
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request about images, with ASGI's channel of its caller. deadline: on the monotonic clock."""
+
+    options: dict[str, Any]
+    images: list[bytes]
+    receive: Receive
+    deadline: float
+
+    async def answers(self, submit: Callable[..., Future[list[T]]], resident: Resident, **how: Any) -> list[T]:
         """What the engine answers; it is spared the rest when nobody waits any more, or the time is over."""
-        timeout_s = options["timeout_s"]
-        future = submit(resident, images, timeout_s=timeout_s, **asked)
-        try:
-            async with asyncio.timeout(timeout_s + GRACE_S):  # should the device hang, nobody else would say so
-                return await unless_gone(request.receive, asyncio.wrap_future(future))
-        except TimeoutError:
-            raise EngineTooLate from None
+        future = submit(resident, self.images, timeout_s=self.deadline - time.monotonic(), **how)
+        return await unless_gone(self.receive, asyncio.wrap_future(future))
+
+
+async def _in_time(request: Request, handle: Callable[[_Asked], Awaitable[Response]]) -> Response:
+    """What `handle` answers within the time that the request gives; loading and training count like all else."""
+    began = time.monotonic()
+    options, images = split_body(await request.body())
+    deadline = began + options["timeout_s"]
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await handle(_Asked(options, images, request.receive, deadline))
+    except TimeoutError:
+        raise EngineTooLate from None
 
 
 def split_body(body: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -203,7 +235,7 @@ def _answering(handler: Handler) -> Handler:
         except EngineBusy:
             error: Exception = Unavailable("Too many images are waiting. Try again shortly.", retry_after_s=1)
         except EngineTooLate:
-            error = TooLate("The time given for the request was over before its last image had run.")
+            error = TooLate("The time given for the request was over before it could be answered.")
         except EngineSick as sick:
             error = Unavailable(f"{sick} The inference process restarts if that lasts.", retry_after_s=5)
         except (ServiceError, ModelError) as known:

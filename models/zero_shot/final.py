@@ -10,8 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -69,6 +70,10 @@ class FinalClassifier(ABC):
     @abstractmethod
     def scores(self, rows: Tensor, classes: Competing) -> Tensor:
         """(B, C) of rows (B, R)."""
+
+    def prepared(self, classes: Competing) -> Self:  # noqa: ARG002 - for those that are joint
+        """One that scores these classes without being trained for them first."""
+        return self
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -234,14 +239,24 @@ class _Joint(FinalClassifier):
         self._rows, self._labels = real.rows, real.labels
 
     def scores(self, rows: Tensor, classes: Competing) -> Tensor:
+        weight, bias = self._head(classes.embeddings.tobytes(), classes)
+        return rows @ weight.T + bias
+
+    def prepared(self, classes: Competing) -> Self:
+        """A copy that keeps what was trained for these classes, however many others come along."""
         key = classes.embeddings.tobytes()
+        prepared = copy(self)
+        prepared._trained = OrderedDict({key: self._head(key, classes)})
+        return prepared
+
+    def _head(self, key: bytes, classes: Competing) -> tuple[Tensor, Tensor]:
+        """Weights (C, R) and bias (C,) for these classes."""
         if key not in self._trained:
             self._trained[key] = self._train(*self._training_rows(classes), len(classes.embeddings))
             while len(self._trained) > CACHED_SETS:
                 self._trained.popitem(last=False)
         self._trained.move_to_end(key)
-        weight, bias = self._trained[key]
-        return rows @ weight.T + bias
+        return self._trained[key]
 
     def _training_rows(self, classes: Competing) -> tuple[Tensor, Tensor]:
         position = torch.full((int(self._labels.max()) + 1,), -1, device=self._labels.device)

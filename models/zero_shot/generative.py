@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from models.params import Params
 from models.precision import mixed
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Chance, Run
+from models.zero_shot.checks import unit_embeddings
 from models.zero_shot.epochs import REACH, EpochModel
 from models.zero_shot.final import (
     SHRINKAGES,
@@ -149,6 +151,14 @@ class GenerativeModel(EpochModel):
 
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
         return self._scores(self._final, features, embeddings)
+
+    @torch.no_grad()
+    def prepared(self, class_embeddings: FloatArray) -> Self:
+        """A copy whose final classifier is trained for these classes, where it is one for all of them together."""
+        self._require_fitted()
+        prepared = copy(self)
+        prepared._final = self._final.prepared(self._competing(unit_embeddings(class_embeddings)))
+        return prepared
 
     @torch.no_grad()
     def _scores(self, final: FinalClassifier, features: FloatArray, embeddings: FloatArray) -> FloatArray:

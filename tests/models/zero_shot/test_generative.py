@@ -19,7 +19,15 @@ from models.generative_params import FCLSWGANParams, FVAEGANParams, GANParams, G
 from models.zero_shot.base import create_classifier, load_classifier
 from models.zero_shot.f_clswgan import FCLSWGAN
 from models.zero_shot.f_vaegan import FVAEGAN
-from models.zero_shot.final import SHRINKAGES, Competing, LinearDiscriminants, RealRows, make_final, match_seen
+from models.zero_shot.final import (
+    CACHED_SETS,
+    SHRINKAGES,
+    Competing,
+    LinearDiscriminants,
+    RealRows,
+    make_final,
+    match_seen,
+)
 from models.zero_shot.generative import Batches, GenerativeModel
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, vae_terms
 from models.zero_shot.wgan import Adversary, Critic
@@ -103,6 +111,25 @@ def test_final_classifiers_know_seen_and_generated_classes(kind: str) -> None:
     assert bool((fewer[labels == 5].argmax(dim=1) == 0).float().mean() > 0.7)
 
 
+@pytest.mark.parametrize("kind", ["lda", "softmax"])
+def test_what_was_prepared_for_classes_is_never_trained_for_them_again(kind: str) -> None:
+    rows, labels = rows_of_classes()
+    final = make_final(GenerativeParams.model_validate({"final": kind, "final_epochs": 2}), 0)
+    final.fit(RealRows(rows[labels < 4], labels[labels < 4], 4))
+    classes = competing(rows, labels, 4, 6)
+    prepared, wanted = final.prepared(classes), final.scores(rows, classes)
+    for shift in range(1, CACHED_SETS + 2):
+        final.scores(rows, replace(classes, embeddings=classes.embeddings + np.float32(shift)))
+
+    def refuse(_: object) -> torch.Tensor:
+        pytest.fail("trained again")
+
+    if final.is_joint:
+        assert len(final._trained) == CACHED_SETS  # type: ignore[attr-defined]  # those that are joint have it
+        classes = replace(classes, generate=refuse)
+    assert torch.equal(prepared.scores(rows, classes), wanted)
+
+
 def test_linear_discriminants_are_those_of_scikit_learn() -> None:
     rows, labels = rows_of_classes()
     final = LinearDiscriminants(GenerativeParams(shrinkage=0.3), 0)
@@ -165,6 +192,7 @@ def test_saved_methods_answer_the_same_with_any_final_classifier(kind: str, tmp_
     assert isinstance(loaded, FVAEGAN)
     assert np.array_equal(loaded.scores(DATA.unseen.features, everything), scores)
     # Trained weights came along: nothing is trained again for the set that was there.
+    assert np.array_equal(loaded.prepared(everything).scores(DATA.unseen.features, everything), scores)
     if model.is_joint:
         np.testing.assert_allclose(
             loaded.scores(DATA.unseen.features, everything[12:]).argmax(axis=1),
