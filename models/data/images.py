@@ -22,7 +22,9 @@ from models.errors import UnreadableImage
 
 MIB = 2**20
 MAX_JPEG_SCANS = 500
-"""Progressive scans: each costs a pass over all pixels, so a small file could keep a core busy for hours."""
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Progressive scans: each costs a pass over all pixels, so a small file could keep a core busy for hours. Usual files
+have about ten; 64 million pixels may have 31, and all together take some two seconds."""
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -144,12 +146,18 @@ def _opened(data: bytes, limits: ImageLimits) -> Iterator[tuple[Image.Image, str
     image_format = sniff_format(data)
     if image_format == "WEBP":  # Pillow allocates the whole canvas while it opens the file
         _check_size(*_webp_size(data), limits)
-    if image_format == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    n_scans = data.count(b"\xff\xda") if image_format == "JPEG" else 1
+    if n_scans > MAX_JPEG_SCANS:
         raise UnreadableImage(f"The JPEG has more than {MAX_JPEG_SCANS} scans. Save it again as a usual JPEG.")
     _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=[image_format]) as image:
             _check_size(*image.size, limits)
+            if n_scans * image.width * image.height > MAX_SCANNED_PIXELS:
+                raise UnreadableImage(
+                    f"The JPEG has {n_scans} scans over {image.width} x {image.height} pixels, which take too long to "
+                    "decode. Save it again as a usual JPEG."
+                )
             yield image, image_format
     except (UnreadableImage, MemoryError):
         raise

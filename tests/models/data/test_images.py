@@ -135,6 +135,19 @@ def test_too_many_progressive_scans_are_refused() -> None:
         probe_image(data + b"\xff\xda" * 501)
 
 
+def test_scans_are_counted_against_the_pixels_that_each_passes_over() -> None:
+    """By the header alone: these files have no pixels to speak of."""
+    large = encode(Image.new("L", (8, 8)), "JPEG", progressive=True)
+    frame = large.index(b"\xff\xc2") + 5
+    large = large[:frame] + struct.pack(">HH", 8000, 8000) + large[frame + 4 :]
+    usual = large.count(b"\xff\xda")
+    for use in (probe_image, decode_image, lambda d: make_thumbnail(d, 8)):
+        with pytest.raises(UnreadableImage, match="400 scans over 8000 x 8000 pixels"):
+            use(large + b"\xff\xda" * (400 - usual))
+    small = encode(picture(), "JPEG", progressive=True)
+    assert probe_image(small + b"\xff\xda" * 400).width == 32
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     upright = picture(24, 32)
