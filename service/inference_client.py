@@ -44,9 +44,14 @@ class InferenceClient:
         """How names resolve in a knowledge source: {'resolutions': […]}."""
         return await self._send("POST", "/lookup", dumps({"knowledge_id": knowledge_id, "names": list(names)}))
 
-    async def relate(self, embedding_set_id: str, names: Sequence[str], relation: str | None = None) -> dict[str, Any]:
-        """Vectors of new unseen classes: {'classes': [{'name', 'vector' (base64), 'provenance'}]}."""
-        body = {"embedding_set_id": embedding_set_id, "names": list(names), "relation": relation}
+    async def relate(
+        self, embedding_set_id: str, names: Sequence[str], relation: str | None = None, *, field: str = "class_names"
+    ) -> dict[str, Any]:
+        """Vectors of new unseen classes: {'classes': [{'name', 'vector' (base64), 'provenance'}]}.
+
+        field: where in the caller's request the names stand, for errors.
+        """
+        body = {"embedding_set_id": embedding_set_id, "names": list(names), "relation": relation, "field": field}
         return await self._send("POST", "/relate", dumps(body))
 
     async def classify(self, options: dict[str, Any], images: Sequence[bytes]) -> dict[str, Any]:

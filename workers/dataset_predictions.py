@@ -17,7 +17,8 @@ from service.core import repositories
 from service.core.tables import OFFSETS_FILE, RESULTS_FILE, Image, PredictionSet
 from workers.embedding import whole_image
 from workers.features import image_features
-from workers.library import Competing, Library
+from workers.known_classes import Competing
+from workers.library import Library
 from workers.predictions import Prediction, competing, rank
 from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device

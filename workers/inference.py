@@ -40,7 +40,8 @@ from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, ImageError
 from workers.heads import Heads
-from workers.library import Competing, Library
+from workers.known_classes import Competing
+from workers.library import Library
 from workers.predictions import Look, Resident
 from workers.runner import open_services
 from workers.runtime import choose_device
@@ -71,6 +72,7 @@ class Inference:
         What is only trained when somebody asks for it is not: the image goes through the network alone.
         """
         try:
+            self.library.forget_deleted()
             newest = self.library.newest_classifier()
             if newest is not None:
                 resident = self.library.competing(self.library.state(newest), "all", None).resident
@@ -92,9 +94,8 @@ class Inference:
     async def relate(self, request: Request) -> Response:
         """Vectors of new unseen classes of an embedding set."""
         body = orjson.loads(await request.body())
-        classes = await run_in_threadpool(
-            self.library.relate, body["embedding_set_id"], body["names"], body.get("relation")
-        )
+        asked = body["embedding_set_id"], body["names"], body.get("relation")
+        classes = await run_in_threadpool(self.library.relate, *asked, field=body.get("field", "class_names"))
         return _json(
             {
                 "classes": [

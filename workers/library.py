@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -35,7 +35,8 @@ from service.core.settings import Settings
 from service.core.tables import Classifier, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE
 from workers.embedding import provenance, vector_bytes
-from workers.model_cache import ModelCache, Parts, parts_of, resident_parts
+from workers.known_classes import Competing, KnownClasses, among_all
+from workers.model_cache import ModelCache, Parts, parts_of
 from workers.predictions import Resident
 from workers.sources import (
     fast_backbone,
@@ -63,33 +64,6 @@ class NewClass:
     provenance: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Competing:
-    """A classifier with the classes that compete in one request, and what is known of their origin.
-
-    names: those that compete, where the resident knows more: its scores then depend on all it knows.
-    """
-
-    resident: Resident
-    provenance: dict[str, dict[str, Any]]
-    names: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _ClassTable:
-    """All classes of a classifier at one version of its embedding set."""
-
-    names: tuple[str, ...]
-    embeddings: FloatArray
-    is_seen: np.ndarray[Any, np.dtype[np.bool_]]
-    provenance: dict[str, dict[str, Any]]
-    position: dict[str, int]
-
-    def names_of(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[str, ...]:
-        """Those where `chosen` is set."""
-        return self.names if chosen.all() else tuple(compress(self.names, chosen))
-
-
 class Library:
     """Loads by id and keeps what was used lately. All methods may be called from any thread."""
 
@@ -100,7 +74,8 @@ class Library:
         self._device = device
         self._cache: ModelCache[Any] = ModelCache(settings.max_resident_bytes, _parts)
         self._uses: dict[str, str] = {}  # digest of a backbone -> a classifier that was trained with it
-        self._scopes: WeakKeyDictionary[Resident, dict[str, tuple[_ClassTable, Competing]]] = WeakKeyDictionary()
+        self._scopes: WeakKeyDictionary[Resident, tuple[KnownClasses, dict[str, Competing]]] = WeakKeyDictionary()
+        self._n_exchanged = 0  # networks that gave way to faster ones
         self._prepared: set[tuple[str, int]] = set()  # digest and size of networks that were, or are being, prepared
 
     def resident_names(self) -> list[str]:
@@ -121,8 +96,10 @@ class Library:
         )
         return source.lookup(names)
 
-    def relate(self, set_id: str, names: Sequence[str], relation: str | None = None) -> list[NewClass]:
-        """Embeddings of new unseen classes; MissingKnowledge where their names do not resolve."""
+    def relate(
+        self, set_id: str, names: Sequence[str], relation: str | None = None, *, field: str = "class_names"
+    ) -> list[NewClass]:
+        """Embeddings of new unseen classes; MissingKnowledge, which tells `field`, where their names do not resolve."""
         with self._database.read() as session:
             row = repositories.get(session, EmbeddingSet, set_id)
         if row.status != "ready":
@@ -131,7 +108,7 @@ class Library:
         if relation is not None and relation != embedder.relation:
             embedder = dataclasses.replace(embedder, relation=relation)  # type: ignore[arg-type]  # the API checked it
         lookup = self.lookup(row.knowledge_id, names)
-        vectors, relations = embedder.embed(require(lookup, field="class_names"))
+        vectors, relations = embedder.embed(require(lookup, field=field))
         return [
             NewClass(resolution.name, vector_bytes(vector), provenance(embedder, coefficients, resolution))
             for resolution, vector, coefficients in zip(lookup.resolutions, vectors, relations, strict=True)
@@ -144,30 +121,47 @@ class Library:
 
     def competing(self, state: ClassifierState, scope: str, class_names: Sequence[str] | None) -> Competing:
         """The classes of a request: all of a scope, or those named; names it does not know are predicted."""
-        resident: Resident = self._cache.get(f"classifier:{state.id}", lambda: self._open_classifier(state.id))
-        table: _ClassTable = self._cache.get(f"classes:{state.id}:{state.version}", lambda: self._read_table(state.id))
-        if class_names is None:
-            return self._of_scope(resident, table, state, scope)
-        return self._among(resident, table, state, scope, class_names)
+        with self._cache.together():
+            resident = self._resident(state.id)
+            table: KnownClasses = self._cache.get(
+                f"classes:{state.id}",
+                lambda: self._read_table(state),
+                fits=lambda table: bool(table.version >= state.version),
+            )
+            if class_names is None:
+                return self._of_scope(resident, table, state, scope)
+            return self._among(resident, table, state, scope, class_names)
+
+    def _resident(self, classifier_id: str) -> Resident:
+        key, n_exchanged = f"classifier:{classifier_id}", self._n_exchanged
+        resident: Resident = self._cache.get(key, lambda: self._open_classifier(classifier_id))
+        if self._n_exchanged == n_exchanged:
+            return resident
+        self._cache.drop(key)  # it was opened while a network was exchanged, perhaps with the earlier one
+        return self._resident(classifier_id)
 
     def competing_at_once(self, state: ClassifierState, scope: str) -> Competing | None:
         """All classes of a scope; None where that would take a look at a disk or a database."""
         resident: Resident | None = self._cache.held(f"classifier:{state.id}")
-        table: _ClassTable | None = self._cache.held(f"classes:{state.id}:{state.version}")
-        return None if resident is None or table is None else self._of_scope(resident, table, state, scope)
+        table: KnownClasses | None = self._cache.held(f"classes:{state.id}")
+        if resident is None or table is None or table.version < state.version:
+            return None
+        return self._of_scope(resident, table, state, scope)
 
-    def _of_scope(self, resident: Resident, table: _ClassTable, state: ClassifierState, scope: str) -> Competing:
+    def _of_scope(self, resident: Resident, table: KnownClasses, state: ClassifierState, scope: str) -> Competing:
         """All classes of a scope; the same object until model or classes change: its requests are answered together."""
-        known = self._scopes.setdefault(resident, {})
-        held = known.get(scope)
-        if held is None or held[0] is not table:
-            held = known[scope] = table, self._among(resident, table, state, scope, None)
-        return held[1]
+        known = self._scopes.get(resident)
+        if known is None or known[0] is not table:  # what was made of earlier tables goes with them
+            known = self._scopes[resident] = table, {}
+        competing = known[1].get(scope)
+        if competing is None:
+            competing = known[1][scope] = self._among(resident, table, state, scope, None)
+        return competing
 
     def _among(
         self,
         resident: Resident,
-        table: _ClassTable,
+        table: KnownClasses,
         state: ClassifierState,
         scope: str,
         class_names: Sequence[str] | None,
@@ -183,7 +177,7 @@ class Library:
         else:
             embeddings, is_seen, origin = table.embeddings[in_scope], table.is_seen[in_scope], table.provenance
         if resident.classifier.is_joint:
-            return _among_all(resident, table, names, embeddings, is_seen, origin)
+            return among_all(resident, table, names, embeddings, is_seen, origin)
         asked = dataclasses.replace(resident, class_names=names, embeddings=embeddings, is_seen=is_seen)
         return Competing(asked, origin)
 
@@ -195,7 +189,7 @@ class Library:
         return None if key is None else tuple(json.loads(self._store.read_bytes(key)))
 
     def _named(
-        self, state: ClassifierState, table: _ClassTable, names: Sequence[str], in_scope: np.ndarray[Any, Any]
+        self, state: ClassifierState, table: KnownClasses, names: Sequence[str], in_scope: np.ndarray[Any, Any]
     ) -> tuple[FloatArray, np.ndarray[Any, Any], dict[str, dict[str, Any]]]:
         positions = [table.position.get(normalize_class_name(name)) for name in names]
         only_seen = bool((in_scope == table.is_seen).all())  # then names to be predicted are outside, too
@@ -240,12 +234,22 @@ class Library:
     def _directory(self, *parts: str) -> Path:
         return self._settings.cache_dir.joinpath("inference", *parts)
 
+    def forget_deleted(self) -> None:
+        """Remove what was laid out on the disk for classifiers and embedding sets that are no more."""
+        laid_out = [path.name for path in self._directory().glob("*")]  # first: their rows were there before them
+        with self._database.read() as session:
+            remaining = repositories.remaining(session, laid_out)
+        for name in set(laid_out) - remaining:
+            shutil.rmtree(self._directory(name), ignore_errors=True)  # another process may do the same
+
     def _open_embedder(self, set_id: str) -> ClassEmbedder:
+        self.forget_deleted()
         with self._database.read() as session:
             row = repositories.get(session, EmbeddingSet, set_id)
         return ClassEmbedder.load(unpack(self._store, row.artifacts, EMBEDDER_FILES, self._directory(set_id)))
 
     def _open_classifier(self, classifier_id: str) -> Resident:
+        self.forget_deleted()
         with self._database.read() as session:
             row = repositories.get(session, Classifier, classifier_id)
         if row.status != "ready":
@@ -294,6 +298,7 @@ class Library:
             key = f"network:{backbone.digest}:{size}"
             self._cache.drop(key)
             self._cache.get(key, lambda: network)
+            self._n_exchanged += 1
             for held in self._cache.names():  # those in use go on with what they have; the next request takes the new
                 if held.startswith("classifier:"):
                     self._cache.drop(held)
@@ -335,13 +340,13 @@ class Library:
             raise Conflict("The weights this classifier was trained with have changed on this server. Train it again.")
         return backbone
 
-    def _read_table(self, classifier_id: str) -> _ClassTable:
+    def _read_table(self, state: ClassifierState) -> KnownClasses:
         with self._database.read() as session:
-            row = repositories.get(session, Classifier, classifier_id)
+            row = repositories.get(session, Classifier, state.id)
             rows = repositories.classes_of(session, row.embedding_set_id) if row.embedding_set_id else []
         seen, unseen = row.request["seen_classes"], row.request["unseen_classes"]
         if row.embedding_set_id is None:
-            directory = unpack(self._store, row.artifacts, (CLASSES_FILE,), self._directory(classifier_id))
+            directory = unpack(self._store, row.artifacts, (CLASSES_FILE,), self._directory(state.id))
             names = (*seen, *unseen)
             embeddings = load_file(directory / CLASSES_FILE)["embeddings"]
             is_seen = np.arange(len(names)) < len(seen)
@@ -354,7 +359,7 @@ class Library:
             is_seen = np.array([c.name in set(seen) for c in used], dtype=np.bool_)
             origin = {c.name: c.provenance for c in used}
         position = {normalize_class_name(name): i for i, name in enumerate(names)}
-        return _ClassTable(names, embeddings, is_seen, origin, position)
+        return KnownClasses(state.version, names, embeddings, is_seen, origin, position)
 
 
 def prepare_apart(classifier_id: str, settings: Settings) -> bool:
@@ -364,27 +369,6 @@ def prepare_apart(classifier_id: str, settings: Settings) -> bool:
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def _among_all(
-    resident: Resident,
-    table: _ClassTable,
-    names: Sequence[str],
-    embeddings: FloatArray,
-    is_seen: np.ndarray[Any, Any],
-    origin: dict[str, dict[str, Any]],
-) -> Competing:
-    """The named classes among all that the classifier knows: it is then trained once, not for every choice of them."""
-    positions = [table.position.get(normalize_class_name(name)) for name in names]
-    new = [i for i, position in enumerate(positions) if position is None]
-    asked = dataclasses.replace(
-        resident,
-        class_names=(*table.names, *(names[i] for i in new)),
-        embeddings=np.concatenate([table.embeddings, embeddings[new]]),
-        is_seen=np.concatenate([table.is_seen, is_seen[new]]),
-    )
-    spelled = (name if p is None else table.names[p] for name, p in zip(names, positions, strict=True))
-    return Competing(asked, origin, tuple(spelled))
-
-
 def _parts(value: Any) -> Parts:
-    """What the cache counts a value as: a classifier shares its backbone with others, everything else stands alone."""
-    return resident_parts(value) if isinstance(value, Resident) else parts_of(value)
+    """What the cache counts a value as."""
+    return value.parts if isinstance(value, KnownClasses) else parts_of(value)

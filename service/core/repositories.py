@@ -290,6 +290,15 @@ def _state(classifier_id: str, row: Sequence[Any] | None) -> ClassifierState:
     return ClassifierState(*row)
 
 
+def remaining(session: Session, ids: Sequence[str]) -> set[str]:
+    """Those of `ids` that classifiers or embedding sets still have."""
+    found: set[str] = set()
+    for part in chunks(ids):
+        for column in (Classifier.id, EmbeddingSet.id):
+            found.update(session.scalars(select(column).where(column.in_(part))))
+    return found
+
+
 def measured_rate(session: Session, backbone: str) -> tuple[str, float] | None:
     """(embedding set, patches per second) of the newest finished job with this backbone, if one measured it."""
     query = select(EmbeddingSet).where(EmbeddingSet.status == "ready").order_by(EmbeddingSet.id.desc()).limit(50)

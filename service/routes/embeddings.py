@@ -33,7 +33,7 @@ async def embeddings(body: EmbeddingsRequest, parts: PartsDep) -> Response:
         raise Invalid(message, problems=[Problem("/dimensions", message)])
     new = {normalize_class_name(name): name for name in reversed(names) if normalize_class_name(name) not in vectors}
     if new:
-        for entry in (await parts.inference.relate(set_id, list(new.values())))["classes"]:
+        for entry in (await parts.inference.relate(set_id, list(new.values()), field="input"))["classes"]:
             vectors[normalize_class_name(entry["name"])] = base64.b64decode(entry["vector"])
     data = [
         {

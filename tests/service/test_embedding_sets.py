@@ -251,7 +251,8 @@ def test_new_classes_are_stored_once(live_api: LiveApi) -> None:
     again = add(live_api, set_id, ["Quagga", "okapi"], relation="wavg").json()["data"]
     assert [(row["name"], row["created"]) for row in again] == [("quagga", False), ("okapi", True)]
     assert live_api.inference.calls[-1] == (
-        "relate", {"embedding_set_id": set_id, "names": ["okapi"], "relation": "wavg"}
+        "relate",
+        {"embedding_set_id": set_id, "names": ["okapi"], "relation": "wavg", "field": "class_names"},
     )  # fmt: skip
     row = live_api.client.get(f"/v1/embedding-sets/{set_id}").json()
     assert (row["version"], row["n_seen"], row["n_unseen"]) == (3, 2, 3)
@@ -309,6 +310,7 @@ def test_openai_shape(live_api: LiveApi) -> None:
     assert np.array_equal(vectors[1], vectors[4])
     assert np.array_equal(vectors[1], live_api.inference.vector("quagga"))
     assert live_api.inference.calls[-1][1]["names"] == ["quagga"]
+    assert live_api.inference.calls[-1][1]["field"] == "input"  # where errors about them point
     packed = embed(live_api, model=set_id, input=names, encoding_format="base64").json()["data"]
     for vector, entry in zip(vectors, packed, strict=True):
         assert np.array_equal(np.frombuffer(base64.b64decode(entry["embedding"]), "<f4"), vector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from workers import library as library_module
 from workers.engine import Engine
 from workers.inference import Inference
 from workers.library import Library, prepare_apart
+from workers.predictions import Resident
 
 
 class Faster:
@@ -70,6 +72,31 @@ def test_a_network_that_takes_time_to_prepare_is_exchanged_later(
     assert library.resident_names() == [classifier]
 
 
+def test_a_network_exchanged_while_a_classifier_is_opened_reaches_it(
+    own_api: LiveApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, settings = trained_classifier(own_api)["id"], own_api.settings.model_copy(update={"backend": "auto"})
+    library = Library(own_api.parts.database, own_api.parts.store, settings, device="cpu")
+    opened: list[Resident] = []
+
+    def fast(backbone: Any, _size: int, _settings: Settings, *, may_prepare: bool = True) -> Any:
+        return Faster(backbone) if may_prepare else backbone
+
+    def open_slowly(**parts: Any) -> Resident:
+        opened.append(Resident(**parts))
+        if len(opened) == 1:  # its network is chosen, but nobody knows of it yet
+            library._prepare(classifier, parts["backbone"], parts["size"])
+        return opened[-1]
+
+    monkeypatch.setattr(library_module, "prepare_apart", lambda _classifier, _settings: True)
+    monkeypatch.setattr(library_module, "fast_backbone", fast)
+    monkeypatch.setattr(library_module, "may_become_faster", lambda _backbone, _size, _settings: False)
+    monkeypatch.setattr(library_module, "Resident", open_slowly)
+    resident = library.competing(library.state(classifier), "all", None).resident
+    assert isinstance(resident.backbone, Faster)
+    assert len(opened) == 2
+
+
 @pytest.mark.slow
 def test_export_happens_in_a_process_of_its_own(own_api: LiveApi) -> None:
     pytest.importorskip("onnxscript")
@@ -98,6 +125,38 @@ def test_a_new_class_of_the_set_competes_at_once_and_nothing_is_loaded_again(own
     assert (before.class_names, after.class_names) == (("zebra",), ("zebra", "okapi"))
     assert after.classifier is before.classifier
     assert after.backbone is before.backbone
+    assert [name for name in library._cache.names() if name.startswith("classes:")] == [f"classes:{classifier}"]
+    late = library.competing_at_once(dataclasses.replace(library.state(classifier), version=0), "unseen")
+    assert late is not None  # one who read the state before gets what is there now
+    assert late.resident is after
+
+
+def test_a_classifier_beyond_the_limit_is_loaded_once(own_api: LiveApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = trained_classifier(own_api)["id"]
+    settings = own_api.settings.model_copy(update={"max_resident_bytes": 1})
+    library = Library(own_api.parts.database, own_api.parts.store, settings, device="cpu")
+    state = library.state(classifier)
+    first = library.competing(state, "all", None).resident
+    monkeypatch.setattr(library_module, "load_classifier", lambda *_, **__: pytest.fail("loaded again"))
+    assert library.competing(state, "all", ["cat", "zebra"]).resident.classifier is first.classifier
+    held = library.competing_at_once(state, "all")
+    assert held is not None
+    assert held.resident is first
+
+
+def test_files_of_deleted_classifiers_are_removed(own_api: LiveApi) -> None:
+    library = Library(own_api.parts.database, own_api.parts.store, own_api.settings, device="cpu")
+    gone, other = (trained_classifier(own_api)["id"] for _ in range(2))
+    directory = own_api.settings.cache_dir / "inference"
+    library.competing(library.state(gone), "all", None)
+    assert [path.name for path in directory.iterdir()] == [gone]
+    assert own_api.client.delete(f"/v1/classifiers/{gone}").status_code == 204
+    library.competing(library.state(other), "all", None)
+    assert [path.name for path in directory.iterdir()] == [other]
+    assert own_api.client.delete(f"/v1/classifiers/{other}").status_code == 204
+    with Engine() as engine:
+        Inference(library, engine).warm_up()
+    assert not list(directory.iterdir())
 
 
 def test_warming_up_loads_the_newest_classifier_and_sends_an_image_through_it(own_api: LiveApi) -> None:

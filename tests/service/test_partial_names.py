@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from models.errors import MissingKnowledge
 from service.schemas import ClassifierOut, EmbeddingSetOut
 from tests.service.harness import LiveApi, checked
 from tests.service.tasks import TASKS, finish
@@ -63,6 +64,9 @@ def test_an_embedding_set_says_which_names_are_half_known(live_api: LiveApi, inp
     library = Library(live_api.parts.database, live_api.parts.store, live_api.settings, device="cpu")
     (live,) = library.relate(row["id"], ["red fox"])
     assert live.provenance["knowledge"] == "partial: fox (without red)"
+    with pytest.raises(MissingKnowledge) as unknown:
+        library.relate(row["id"], ["xyzzy"], field="input")
+    assert unknown.value.field == "input"
 
 
 def test_a_classifier_on_raw_knowledge_says_so_too(live_api: LiveApi, inputs: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from workers import heads as heads_module
 from workers.engine import Engine
 from workers.heads import KEPT_SETS, Heads
 from workers.inference import Inference, _answering
-from workers.library import Competing
+from workers.known_classes import Competing
 from workers.predictions import Resident
 
 
@@ -144,6 +144,9 @@ class Shelf:
     def competing(self, state: Any, _scope: str, _names: object) -> Competing:
         assert self.go.wait(20)
         return Competing(self.loaded[state.id], {})
+
+    def forget_deleted(self) -> None:
+        pass
 
     def newest_classifier(self) -> str:
         return "cl_0"
