@@ -31,6 +31,7 @@ SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9, 0.97)
 """What is tried on validation classes. The more a generator errs about the means of new classes, the more is right."""
 SHRINKAGE = 0.3
 """Without validation classes."""
+DIVERGED = "Features that the method makes are no numbers any more: its training diverged. Lower its learning rate."
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,16 @@ class LinearDiscriminants(_ByClass):
         level = self._covariance.diagonal().mean().clamp(min=1e-12)
         covariance = self._covariance * (1 - shrinkage)
         covariance.diagonal().add_(shrinkage * level)
-        factor: Tensor = torch.linalg.cholesky(covariance)
-        return factor
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed or not factor.diagonal().isfinite().all():
+            if not covariance.isfinite().all():
+                raise InvalidInput(DIVERGED, field="params/learning_rate")
+            raise InvalidInput(
+                f"With a shrinkage of {shrinkage:g} the covariance of the seen classes' features has no inverse in "
+                "float64. Raise it.",
+                field="params/shrinkage",
+            )
+        return torch.as_tensor(factor)
 
     def _centred_means(self, classes: Competing) -> Tensor:
         return torch.cat(self._summaries(classes)) - self._origin
@@ -259,6 +268,7 @@ class _Joint(FinalClassifier):
         return self._trained[key]
 
     def _training_rows(self, classes: Competing) -> tuple[Tensor, Tensor]:
+        """Rows (N, R) of all that compete and their labels (N,); InvalidInput where some are no numbers."""
         position = torch.full((int(self._labels.max()) + 1,), -1, device=self._labels.device)
         seen = np.flatnonzero(classes.seen >= 0)
         position[torch.from_numpy(classes.seen[seen]).to(position.device)] = torch.from_numpy(seen).to(position.device)
@@ -269,10 +279,12 @@ class _Joint(FinalClassifier):
             generated = classes.generate(unseen)  # (U, n, R)
             numbers = torch.from_numpy(unseen).to(labels.device).repeat_interleave(generated.shape[1])
             rows, labels = torch.cat([rows, generated.flatten(0, 1)]), torch.cat([labels, numbers])
+        if not rows.isfinite().all():
+            raise InvalidInput(DIVERGED, field="params/learning_rate")
         return rows, labels
 
     def state(self) -> dict[str, Tensor]:
-        found = {"rows": self._rows.half(), "labels": self._labels}
+        found = {"rows": self._rows.half() if _fit_float16(self._rows) else self._rows, "labels": self._labels}
         if self._trained:  # the largest set: as a rule, all classes
             key = max(self._trained, key=lambda key: len(self._trained[key][1]))
             weight, bias = self._trained[key]
@@ -315,6 +327,12 @@ class LinearSVM(_Joint):
             torch.from_numpy(weight.astype(np.float32)).to(rows.device),
             torch.from_numpy(bias.astype(np.float32)).to(rows.device),
         )
+
+
+def _fit_float16(rows: Tensor) -> bool:
+    """Whether each column's largest value lies where float16 has its full precision: what is small beside it may go."""
+    largest, halves = rows.abs().amax(dim=0), torch.finfo(torch.float16)
+    return bool(((largest == 0) | (largest >= halves.tiny) & (largest <= halves.max)).all())
 
 
 @torch.enable_grad()

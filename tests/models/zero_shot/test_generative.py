@@ -14,6 +14,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional
 
 from models.catalog import get_method
+from models.errors import InvalidInput
 from models.evaluation import mean_per_class_accuracy
 from models.generative_params import FCLSWGANParams, FVAEGANParams, GANParams, GenerativeParams
 from models.zero_shot.base import create_classifier, load_classifier
@@ -128,6 +129,35 @@ def test_what_was_prepared_for_classes_is_never_trained_for_them_again(kind: str
         assert len(final._trained) == CACHED_SETS  # type: ignore[attr-defined]  # those that are joint have it
         classes = replace(classes, generate=refuse)
     assert torch.equal(prepared.scores(rows, classes), wanted)
+
+
+@pytest.mark.parametrize(("scale", "kept"), [(1.0, torch.float16), (1e5, torch.float32), (1e-7, torch.float32)])
+def test_rows_are_saved_in_float16_where_it_holds_them(scale: float, kept: torch.dtype) -> None:
+    rows, labels = rows_of_classes()
+    rows = torch.cat([rows * scale, torch.zeros(len(rows), 1)], dim=1)
+    final = make_final(GenerativeParams(final="softmax"), 0)
+    final.fit(RealRows(rows, labels, 6))
+    saved = final.state()["rows"]
+    assert saved.dtype == kept
+    torch.testing.assert_close(saved.float(), rows, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", ["lda", "softmax", "svm"])
+def test_a_generator_that_diverged_is_told(kind: str) -> None:
+    rows, labels = rows_of_classes()
+    rows[7] = torch.nan
+    final = make_final(GenerativeParams.model_validate({"final": kind}), 0)
+    with pytest.raises(InvalidInput, match="diverged"):  # noqa: PT012 - some notice in fit, others later
+        final.fit(RealRows(rows, labels, 6))
+        final.scores(rows, competing(rows, labels, 6, 6))
+
+
+def test_a_shrinkage_that_leaves_no_inverse_is_told() -> None:
+    rows, labels = rows_of_classes()
+    final = LinearDiscriminants(GenerativeParams(), 0, shrinkage=0.0)
+    with pytest.raises(InvalidInput, match="shrinkage of 0") as told:
+        final.fit(RealRows(torch.cat([rows, -rows], dim=1), labels, 6))
+    assert told.value.field == "params/shrinkage"
 
 
 def test_linear_discriminants_are_those_of_scikit_learn() -> None:
