@@ -147,7 +147,8 @@ class Inference:
         state = ClassifierState(**asked.options["classifier"])
         competing = self.library.competing_at_once(state, scope) if names is None else None
         if competing is None:
-            competing = await run_in_threadpool(self.library.competing, state, scope, names)
+            # Shielded, so that a load whose caller's time is over keeps its place among the threads until it ends.
+            competing = await asyncio.shield(run_in_threadpool(self.library.competing, state, scope, names))
         if not competing.resident.classifier.is_joint:
             return competing
         resident = self.heads.ready(competing.resident)
