@@ -116,6 +116,17 @@ def plan_known(plan: Plan, pointer: str, names: Iterable[str], known: Collection
         plan.add(pointer, f"Nor has it {len(missing) - MAX_HINTS:,} more: {_some(missing[MAX_HINTS:])}.")
 
 
+def plan_unseen(plan: Plan, is_seen: Mapping[str, bool]) -> None:
+    """No unseen class is one whose images made its embedding; is_seen: of each class of the embedding set."""
+    learned = [name for name in plan.unseen_classes if is_seen.get(name)]
+    if learned:
+        plan.add(
+            "/unseen_classes",
+            f"The embedding set learned from images of {_some(learned)}, which are therefore not unseen. Leave them "
+            "out, or use an embedding set in which they are unseen.",
+        )
+
+
 def _resolved(plan: Plan, pointer: str, names: Sequence[str], known: Mapping[str, str], limit: int) -> tuple[str, ...]:
     try:
         accepted = validate_class_names(names, max_count=limit, field=pointer[1:])

@@ -29,6 +29,7 @@ from service.planning import (
     plan_features,
     plan_known,
     plan_tuning,
+    plan_unseen,
     plan_validation,
 )
 from service.problems import documented, validation_problems
@@ -121,6 +122,7 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], d
         if known is not None:
             plan_known(plan, "/unseen_classes", plan.unseen_classes, known, "embedding set")
             plan_known(plan, "/seen_classes", plan.seen_classes, known, "embedding set")
+            plan_unseen(plan, known)
         if dataset.kind == "images" and body.backbone is not None:
             plan_backbone(plan, body.backbone, parts.settings, "/backbone")
         elif dataset.kind == "images" and body.embedding_set_id is None:

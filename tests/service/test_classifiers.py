@@ -72,8 +72,9 @@ def test_classes_default_to_those_of_the_set(live_api: LiveApi, inputs: dict[str
 
 
 def test_named_classes_take_the_set_s_spelling(live_api: LiveApi, inputs: dict[str, str]) -> None:
-    request = request_of(live_api, create(live_api, {**inputs, "unseen_classes": ["Polar Bear", "COW"]}).json())
-    assert (request["seen_classes"], request["unseen_classes"]) == (["cat", "dog"], ["polar_bear", "cow"])
+    named = {"seen_classes": ["Cat", "COW"], "unseen_classes": ["Polar Bear"]}
+    request = request_of(live_api, create(live_api, {**inputs, **named}).json())
+    assert (request["seen_classes"], request["unseen_classes"]) == (["cat", "cow"], ["polar_bear"])
 
 
 def test_raw_knowledge_needs_a_backbone(live_api: LiveApi, inputs: dict[str, str]) -> None:
@@ -269,6 +270,7 @@ def test_confusions_are_with_the_classifier_and_not_in_lists(live_api: LiveApi) 
         ({"knowledge_id": "both"}, "/embedding_set_id", "not both"),
         ({"embedding_set_id": None}, "/embedding_set_id", "either"),
         ({"unseen_classes": ["polar baer"]}, "/unseen_classes", "Did you mean 'polar_bear'?"),
+        ({"unseen_classes": ["polar_bear", "COW"]}, "/unseen_classes", "learned from images of 'cow'"),
         ({"seen_classes": ["cat", "cow", "dgo"]}, "/seen_classes", "Did you mean 'dog'?"),
         ({"seen_classes": ["cat", "dog"], "unseen_classes": ["dog"]}, "/unseen_classes", "Both seen and unseen"),
         ({"seen_classes": ["cat"]}, "/seen_classes", "At least 2"),
