@@ -21,6 +21,7 @@ from models.data.feature_files import read_mat, read_npz
 from models.data.layout import MAX_SPLITS_BYTES, SPLITS_FILE, load_splits_object
 from models.data.splits import ClassSplit, choose_validation_classes, list_names
 from models.errors import InvalidInput, ShapeMismatch
+from models.knowledge.names import MAX_NAMES, validate_class_names
 
 DEFAULT_MAX_BYTES = 16 * 2**30
 LARGEST_FEATURE = 1e15
@@ -92,8 +93,9 @@ def load_xlsa17(res101: Path, att_splits: Path, *, max_bytes: int = DEFAULT_MAX_
         )
     rows = {key: _zero_based(splits[f"{key}_loc"], f"{key}_loc", n_images) for key in _SPLIT_KEYS}
     att = _matrix(splits["att"], "att", transposed=True) if "att" in splits else None
-    n_classes = len(att) if att is not None else int(labels.max(initial=-1)) + 1
+    n_classes = len(att) if att is not None else _count_classes(labels)
     names, source = _class_names(labels, n_classes, images.get("image_files"), splits.get("allclasses_names"))
+    names = validate_class_names(names)
     seen, unseen = (_classes_at(labels, rows[key], names) for key in ("trainval", "test_unseen"))
     return FeatureDataset(
         features=features,
@@ -121,12 +123,12 @@ def load_feature_npz(
     and `class_embedding_names` are taken along. InvalidInput says what is wrong.
     """
     arrays = read_npz(path, required=("features", "labels"), max_bytes=max_bytes)
-    labels, names = _npz_labels(arrays)
-    _refuse_twice(names)
-    n_images = len(np.atleast_1d(arrays["features"]))
+    n_images, n_labels = len(np.atleast_1d(arrays["features"])), arrays["labels"].size
+    if n_labels != n_images:
+        raise ShapeMismatch(f"features has {n_images} rows but labels has {n_labels} entries; one an image needed.")
+    labels, listed = _npz_labels(arrays)
+    names = validate_class_names(listed)
     split = _npz_split(arrays) if "train_rows" in arrays else _json_split(path, splits_json)
-    if len(labels) != n_images:
-        raise ShapeMismatch(f"features has {n_images} rows but labels has {len(labels)} entries; one an image needed.")
     train, test_seen, test_unseen = (_rows(split.get(key), key, n_images) for key in _ROW_SETS)
     seen, unseen, validation = (_name_list(split, f"{kind}_classes") for kind in ("seen", "unseen", "validation"))
     if seen is None:
@@ -227,8 +229,20 @@ def _npz_labels(arrays: Mapping[str, NDArray[Any]]) -> tuple[Rows, tuple[str, ..
         return np.array([index[name] for name in labels.tolist()], dtype=np.int64), names
     whole = _whole_numbers(labels, "labels")
     if listed is None:
-        return whole, tuple(f"class_{label:03d}" for label in range(int(whole.max(initial=-1)) + 1))
+        return whole, tuple(f"class_{label:03d}" for label in range(_count_classes(whole)))
     return whole, tuple(map(str, listed.tolist()))
+
+
+def _count_classes(labels: Rows) -> int:
+    """As many as numbers up to the largest label, each of which gets a name."""
+    n_classes = int(labels.max(initial=-1)) + 1
+    if n_classes > MAX_NAMES:
+        raise InvalidInput(
+            f"labels goes up to class number {n_classes:,}; at most {MAX_NAMES:,} classes are allowed. Number them "
+            "without gaps, or give their names.",
+            field="labels",
+        )
+    return n_classes
 
 
 def _npz_split(arrays: Mapping[str, NDArray[Any]]) -> dict[str, object]:
@@ -257,7 +271,7 @@ def _name_list(split: Mapping[str, object], key: str) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise InvalidInput(f"{key} must be a list of class names.", field=key)
-    return tuple(value)
+    return tuple(name.strip() for name in value)  # as `validate_class_names` gives them
 
 
 def _rows(value: object, key: str, n_images: int) -> Rows:

@@ -301,7 +301,10 @@ def test_npz_with_a_split_beside_it_or_given(tmp_path: Path) -> None:
         ({"labels": np.array([0, 0, 1, 1, 2, -1])}, InvalidInput, r"labels of 1 row\(s\), such as row 5 \(-1\)"),
         ({"labels": np.array([0, 0, 1, 1, 2, np.nan])}, InvalidInput, "labels must hold whole numbers"),
         ({"labels": np.array(list("aabbcd"))}, InvalidInput, "class_names lacks: 'd'"),
-        ({"class_names": np.array(["a", "a", "c"])}, InvalidInput, "holds a name twice"),
+        ({"labels": np.array([0, 0, 1, 1, 2, 2_000_000_000]), "class_names": None}, InvalidInput, "2,000,000,001; at"),
+        ({"class_names": np.array(["a", "a", "c"])}, InvalidInput, "are the same name"),
+        ({"class_names": np.array(["caf\u00e9", "b", "cafe\u0301"])}, InvalidInput, "are the same name"),
+        ({"class_names": np.array(["a", "b\x00b", "c"])}, InvalidInput, r"control character U\+0000"),
         ({"train_rows": np.array([0, 6])}, InvalidInput, r"train_rows holds 1 row number\(s\) outside 0 to 5"),
         ({"train_rows": np.array([-1, 0])}, InvalidInput, "such as -1"),
         ({"train_rows": np.array([], dtype=int)}, InvalidInput, "No seen class is left"),
@@ -323,7 +326,14 @@ def test_npz_with_a_split_beside_it_or_given(tmp_path: Path) -> None:
 )
 def test_wrong_npz_is_refused(tmp_path: Path, change: Variables, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        load_feature_npz(npz(tmp_path, arrays() | change))
+        load_feature_npz(npz(tmp_path, {k: v for k, v in (arrays() | change).items() if v is not None}))
+
+
+def test_spaces_around_class_names_go(tmp_path: Path) -> None:
+    change = {"labels": np.array(["a ", "a ", "b", "b", "c", "c"]), "class_names": np.array(["a ", "b", "c"])}
+    dataset = load_feature_npz(npz(tmp_path, arrays() | change | {"seen_classes": ["a ", "b"]}))
+    assert dataset.class_names == ("a", "b", "c")
+    assert dataset.seen_classes == ("a", "b")
 
 
 def cut(data: bytes) -> bytes:
