@@ -46,7 +46,10 @@ def prepared_backbone(
     key = _cache_key(params, scratch, sha256s, labels, seed)
     with context.database.read() as session:
         cached = repositories.get_cached_artifact(session, key)
-    artifact = cached.artifact if cached else _train(context, params, scratch, sha256s, labels, key, seed, device)
+    if cached is not None and context.store.exists(cached.artifact):
+        artifact = cached.artifact
+    else:
+        artifact = _train(context, params, scratch, sha256s, labels, key, seed, device)
     weights = context.scratch_dir / BACKBONE_FILE
     if not weights.exists():
         weights.symlink_to(context.store.local_path(artifact))

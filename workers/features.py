@@ -75,12 +75,13 @@ def image_features(
     wanted = list(dict.fromkeys(sha256s))
     with context.database.read() as session:
         cached = repositories.cached_features(session, spec, wanted)
-    missing = [sha256 for sha256 in wanted if sha256 not in cached]
+    lost = {shard for shard in {row.shard for row in cached.values()} if not context.store.exists(shard)}
+    missing = [sha256 for sha256 in wanted if sha256 not in cached or cached[sha256].shard in lost]
     started = time.perf_counter()
     failures, n_rows = _compute(context, spec, missing, backbone, patches, len(wanted), phase)
     seconds = time.perf_counter() - started
     with context.database.read() as session:
-        cached = repositories.cached_features(session, spec, wanted)
+        cached = repositories.cached_features(session, spec, [sha256 for sha256 in wanted if sha256 not in failures])
     table = _gather(context, sha256s, cached, backbone.feature_dim, context.scratch_dir / f"{phase}.f16")
     table.failures, table.seconds, table.n_computed = failures, seconds, n_rows
     return table

@@ -80,13 +80,17 @@ def _take(
         return False
     sha256 = hashlib.sha256(entry.data).hexdigest()
     known = rows.get(sha256)
-    if known is None:
-        row = _image_row(context, entry, sha256, limits, rejected)
-        if row is not None:
+    try:
+        (class_name,) = validate_class_names([entry.class_name])
+        if known is None:
+            rows[sha256] = _image_row(context, entry, class_name, sha256, limits)
             put(entry.data)
-            rows[sha256] = row
+            return False
+    except (InvalidInput, UnreadableImage) as error:
+        reason = error.reason if isinstance(error, UnreadableImage) else str(error)
+        rejected.append(_rejection(entry.filename, reason))
         return False
-    if known.class_name != entry.class_name:
+    if known.class_name != class_name:
         rejected.append(_rejection(entry.filename, f"The same image is also in class {known.class_name!r}."))
         return False
     return True
@@ -96,23 +100,13 @@ def _rejection(filename: str, reason: str) -> dict[str, str]:
     return {"filename": filename[-512:], "reason": reason}
 
 
-def _image_row(
-    context: TaskContext, entry: ArchiveEntry, sha256: str, limits: ImageLimits, rejected: list[dict[str, str]]
-) -> Image | None:
-    try:
-        validate_class_names([entry.class_name])
-        info = probe_image(entry.data, limits)
-    except UnreadableImage as error:
-        rejected.append(_rejection(entry.filename, error.reason))
-        return None
-    except InvalidInput as error:
-        rejected.append(_rejection(entry.filename, str(error)))
-        return None
+def _image_row(context: TaskContext, entry: ArchiveEntry, class_name: str, sha256: str, limits: ImageLimits) -> Image:
+    info = probe_image(entry.data, limits)
     return Image(
         id=new_id("image"),
         dataset_id=context.job.resource_id,
         sha256=sha256,
-        class_name=entry.class_name,
+        class_name=class_name,
         filename=entry.filename[-512:],
         width=info.width,
         height=info.height,
@@ -124,15 +118,20 @@ def _image_row(
 def _add_images(
     session: Session, dataset_id: str, rows: dict[str, Image], rejected: list[dict[str, str]]
 ) -> tuple[int, int]:
-    """Adds the rows that the dataset lacks; classes spelled differently from existing ones are rejected."""
+    """Adds the rows that the dataset lacks; classes spelled differently from existing ones are rejected.
+
+    (added, already there in the same class).
+    """
     present = repositories.images_by_content(session, dataset_id, list(rows))
     spelled = {normalize_class_name(c.class_name): c.class_name for c in repositories.class_counts(session, dataset_id)}
-    n_added = 0
+    n_added = n_present = 0
     for sha256, row in rows.items():
         existing = spelled.setdefault(normalize_class_name(row.class_name), row.class_name)
         if sha256 in present:
-            if present[sha256].class_name != row.class_name:
-                known = present[sha256].class_name
+            known = present[sha256].class_name
+            if known == row.class_name:
+                n_present += 1
+            else:
                 rejected.append(_rejection(row.filename, f"The same image is already here, as {known!r}."))
         elif existing != row.class_name:
             reason = f"The class {row.class_name!r} exists already, spelled {existing!r}."
@@ -140,7 +139,7 @@ def _add_images(
         else:
             session.add(row)
             n_added += 1
-    return n_added, len(present)
+    return n_added, n_present
 
 
 def import_features(context: TaskContext) -> Publisher:

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import CursorResult, func, select, update
+from sqlalchemy import ColumnElement, CursorResult, func, select, union_all, update
 from sqlalchemy.orm import Session
 
 from models.errors import Cancelled
 from service.core.db import utc_now
 from service.core.errors import Conflict, NotFound, WorkerLost, problem_of
 from service.core.ids import new_id
-from service.core.tables import Classifier, EmbeddingSet, Job, Knowledge, PredictionSet
+from service.core.tables import Classifier, Dataset, EmbeddingSet, Job, Knowledge, PredictionSet
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 ACTIVE = ("running", "cancelling")
@@ -53,6 +53,12 @@ def create_job(session: Session, kind: str, resource_id: str, payload: dict[str,
         unowned = (table.id == resource_id) & table.job_id.is_(None) & table.status.in_(_UNFINISHED_RESOURCE)
         session.execute(update(table).where(unowned).values(job_id=job.id))
     return job
+
+
+def has_resource() -> ColumnElement[bool]:
+    """Of jobs: what they make or fill has not been deleted."""
+    ids = (select(table.id) for table in (Dataset, Knowledge, EmbeddingSet, Classifier, PredictionSet))
+    return Job.resource_id.in_(union_all(*ids))
 
 
 def get_job(session: Session, job_id: str) -> Job:
@@ -146,7 +152,8 @@ def request_cancel(session: Session, job_id: str) -> Job:
 
 
 def retry(session: Session, job_id: str) -> Job:
-    """Queues a failed or cancelled job again with fresh attempts; `Conflict` in any other state."""
+    """Queues a failed or cancelled job again with fresh attempts; `Conflict` in any other state, `NotFound` where what
+    it was to make or fill has been deleted."""
     fresh = {
         "status": "queued",
         "attempts": 0,
@@ -158,9 +165,11 @@ def retry(session: Session, job_id: str) -> Job:
         "finished_at": None,
         "cancel_requested_at": None,
     }
-    is_queued_again = _move(session, job_id, ("failed", "cancelled"), fresh)
+    is_queued_again = _move(session, job_id, ("failed", "cancelled"), fresh, has_resource())
     job = _reloaded(session, job_id)
     if not is_queued_again:
+        if job.status in ("failed", "cancelled"):
+            raise NotFound(f"Job {job_id} cannot be retried: {job.resource_id!r} has been deleted.")
         raise Conflict(f"Job {job_id} is {job.status}; only failed and cancelled jobs can be retried.")
     _set_resource(session, job_id, ("failed",), None)
     return job

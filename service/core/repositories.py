@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from service.core.db import Database
 from service.core.errors import Conflict, NotFound
+from service.core.jobs import TERMINAL, has_resource
 from service.core.tables import (
     Base,
     CachedArtifact,
@@ -152,9 +154,11 @@ def delete_dataset(session: Session, dataset_id: str) -> None:
 def delete_knowledge(session: Session, knowledge_id: str) -> None:
     """Deletes a knowledge source; Conflict while something uses it."""
     knowledge = get(session, Knowledge, knowledge_id)
+    needs_it = Classifier.request["dimension_knowledge_id"].as_string() == knowledge_id
     users = [
         *session.scalars(select(EmbeddingSet.id).where(EmbeddingSet.knowledge_id == knowledge_id).limit(3)),
         *session.scalars(select(Classifier.id).where(Classifier.knowledge_id == knowledge_id).limit(3)),
+        *session.scalars(select(Classifier.id).where(Classifier.status == "queued", needs_it).limit(3)),
         *active_jobs_of(session, knowledge_id),
     ]
     _refuse_if_used("knowledge source", knowledge_id, users)
@@ -332,9 +336,11 @@ def cached_features(session: Session, spec: str, sha256s: Sequence[str]) -> dict
 
 
 def put_cached_features(session: Session, rows: Sequence[FeatureRows]) -> None:
-    """Records a shard's rows; those another attempt has recorded meanwhile stay."""
-    present = cached_features(session, rows[0].spec, [row.sha256 for row in rows]) if rows else {}
-    session.add_all(row for row in rows if row.sha256 not in present)
+    """Records a shard's rows, in place of earlier ones of the same images."""
+    names = [column.name for column in FeatureRows.__table__.columns]
+    # In one order, so that two attempts with the same images never wait for each other.
+    ordered = sorted(rows, key=lambda row: row.sha256)
+    _put(session, FeatureRows, [{name: getattr(row, name) for name in names} for row in ordered])
 
 
 def get_cached_artifact(session: Session, key: str) -> CachedArtifact | None:
@@ -343,9 +349,17 @@ def get_cached_artifact(session: Session, key: str) -> CachedArtifact | None:
 
 
 def put_cached_artifact(session: Session, key: str, artifact: str, summary: dict[str, Any]) -> None:
-    """Records a derived artifact, unless another attempt has."""
-    if session.get(CachedArtifact, key) is None:
-        session.add(CachedArtifact(key=key, artifact=artifact, summary=summary))
+    """Records a derived artifact, in place of an earlier one."""
+    _put(session, CachedArtifact, [{"key": key, "artifact": artifact, "summary": summary}])
+
+
+def _put(session: Session, table: type[Base], rows: list[dict[str, Any]]) -> None:
+    """Inserts rows; where another attempt, perhaps still at work, has the same keys, the later one's values stay."""
+    keys = [column.name for column in table.__table__.primary_key]
+    insert: Any = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement = insert(table)
+    values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
+    session.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)
 
 
 def live_workers(session: Session, since: Any) -> list[Worker]:
@@ -358,7 +372,7 @@ def live_workers(session: Session, since: Any) -> list[Worker]:
 
 def artifact_keys(session: Session) -> set[str]:
     """Keys of all artifacts that rows name, but for images (see `stored_contents`). A job needs its own until it
-    has succeeded: one that failed can be tried again."""
+    has succeeded: one that failed can be tried again while what it was to make or fill is there."""
     keys = set(session.scalars(select(FeatureRows.shard).distinct()))
     keys.update(session.scalars(select(CachedArtifact.artifact)))
     queries: list[Select[tuple[dict[str, Any]]]] = [
@@ -368,7 +382,7 @@ def artifact_keys(session: Session) -> set[str]:
         select(Classifier.artifacts),
         select(PredictionSet.artifacts),
         select(CachedArtifact.summary),
-        select(Job.payload).where(Job.status != "succeeded"),
+        select(Job.payload).where(Job.status != "succeeded", Job.status.not_in(TERMINAL) | has_resource()),
     ]
     for query in queries:
         for value in session.scalars(query):

@@ -92,6 +92,22 @@ def test_the_same_archive_as_a_form_and_again_changes_nothing(live_api: LiveApi)
     assert (again["n_accepted"], again["n_duplicates"]) == (0, 2)
 
 
+def test_classes_lose_spaces_around_their_names(live_api: LiveApi) -> None:
+    dataset_id = live_api.dataset()
+    data = zipped({"zebra /1.png": png(1), "zebra /2.png": png(2), "zebra/3.png": png(1)})
+    result = imported(live_api, dataset_id, data)["result"]
+    assert (result["n_accepted"], result["n_duplicates"], result["n_rejected"]) == (2, 1, 0)
+    (row,) = live_api.client.get(f"/v1/datasets/{dataset_id}/classes").json()["data"]
+    assert (row["class_name"], row["n_images"]) == ("zebra", 2)
+
+
+def test_an_image_that_is_there_in_another_class_is_rejected_and_no_duplicate(live_api: LiveApi) -> None:
+    dataset_id = live_api.dataset()
+    imported(live_api, dataset_id, zipped({"cat/1.png": png(1), "dog/2.png": png(2)}))
+    result = imported(live_api, dataset_id, zipped({"cat/1.png": png(1), "cow/2.png": png(2)}))["result"]
+    assert (result["n_accepted"], result["n_duplicates"], result["n_rejected"]) == (0, 1, 1)
+
+
 def test_a_large_form_needs_no_other_disk_than_the_data_directory(
     live_api: LiveApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.core.tables import Classifier
 from service.schemas import JobOut, KnowledgeOut, LookupOut, Page
 from tests.service.harness import LiveApi, checked, problem
 from tests.service.tasks import finish
@@ -29,6 +30,20 @@ def test_inline_vectors_become_a_ready_source(live_api: LiveApi) -> None:
     assert done["status"] == "succeeded", done["error"]
     ready = checked(live_api.client.get(done["result"]["href"]), KnowledgeOut)
     assert (ready["status"], ready["dim"], ready["n_entries"]) == ("ready", 3, 2)
+
+
+def test_a_source_of_dimensions_stays_while_a_classifier_waits_for_it(live_api: LiveApi) -> None:
+    knowledge_id, classifier_id = live_api.knowledge(), live_api.classifier("queued", "sc_egg")
+
+    def change(**fields: Any) -> None:
+        with live_api.parts.database.write() as session:
+            for name, value in fields.items():
+                setattr(session.get_one(Classifier, classifier_id), name, value)
+
+    change(request={"dimension_knowledge_id": knowledge_id})
+    problem(live_api.client.delete(f"/v1/knowledge/{knowledge_id}"), 409, classifier_id)
+    change(status="ready")
+    assert live_api.client.delete(f"/v1/knowledge/{knowledge_id}").status_code == 204
 
 
 def test_attributes_with_names(live_api: LiveApi) -> None:

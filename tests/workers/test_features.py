@@ -89,6 +89,19 @@ def test_shards_are_written_while_others_are_computed_and_hold_everything(
         assert (rows == again.rows[name]).all()
 
 
+def test_shards_that_the_store_has_lost_are_computed_anew(
+    extract: Callable[[list[str]], Found], images: list[str], database: Database, store: ArtifactStore
+) -> None:
+    first = extract(images)
+    with database.read() as session:
+        for shard in session.scalars(select(FeatureRows.shard).distinct()):
+            store.delete(shard)
+    again = extract(images[:5])
+    assert again.status == "succeeded"
+    assert again.n_computed == np.sum(first.rows["image_index"] < 5)
+    assert extract(images).n_computed == first.n_computed - again.n_computed
+
+
 def test_what_was_written_before_a_failure_is_found_again(
     extract: Callable[[list[str]], Found], images: list[str], database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.core import jobs, tables
+from service.core import jobs, repositories, tables
 from service.core.artifacts import ArtifactStore
 from service.core.db import Database
 from service.core.garbage import Collector
@@ -100,6 +100,21 @@ def test_what_any_row_names_stays(
     clock.now += 10 * DAY_S
     assert collector.step() == 1
     assert keys(any_store) == set(key.values()) - {key["succeeded"]}
+
+
+def test_what_a_failed_job_was_given_goes_with_what_it_was_to_fill(
+    database: Database, any_store: ArtifactStore, collector: Collector, clock: Clock
+) -> None:
+    archive = any_store.put_bytes(b"archive")
+    with database.write() as session:
+        session.add(tables.Dataset(id="ds_1", name="d"))
+        jobs.create_job(session, "import_archive", "ds_1", {"archive": archive}).status = "failed"
+    clock.now += 10 * DAY_S
+    assert collector.step() == 0
+    with database.write() as session:
+        repositories.delete_dataset(session, "ds_1")
+    assert collector.step() == 1
+    assert keys(any_store) == set()
 
 
 def test_a_job_that_has_not_ended_may_still_record_what_it_wrote(

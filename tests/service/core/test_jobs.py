@@ -157,7 +157,7 @@ def test_a_cancel_that_came_first_wins_over_the_results(database: Database) -> N
 
 
 def test_retry_starts_afresh_but_never_reuses_a_token(database: Database) -> None:
-    job_id = add_job(database, max_attempts=1)
+    _, job_id = add_knowledge(database)
     token = claim(database, job_id)
     with pytest.raises(Conflict), database.write() as session:
         jobs.retry(session, job_id)
@@ -167,6 +167,16 @@ def test_retry_starts_afresh_but_never_reuses_a_token(database: Database) -> Non
         job = jobs.retry(session, job_id)
     assert (job.status, job.attempts, job.error, job.finished_at) == ("queued", 0, None, None)
     assert claim(database, job_id) == token + 1
+
+
+def test_a_job_whose_resource_was_deleted_is_not_retried(database: Database) -> None:
+    resource_id, job_id = add_knowledge(database)
+    with database.write() as session:
+        jobs.request_cancel(session, job_id)
+        session.delete(session.get_one(tables.Knowledge, resource_id))
+    with pytest.raises(NotFound, match="has been deleted"), database.write() as session:
+        jobs.retry(session, job_id)
+    assert read(database, job_id).status == "cancelled"
 
 
 def test_release_counts_attempts_and_gives_up_with_the_reason(database: Database) -> None:
