@@ -8,11 +8,10 @@ from sqlalchemy.orm import Session
 
 from models.backbone_names import NETWORKS
 from models.catalog import METHODS
-from models.data.splits import validation_classes
 from models.params import BackboneParams
 from models.training_memory import numbers_per_image, refusal, training_bytes
 from service.core import repositories
-from service.core.classifier_inputs import earlier_validation, image_size
+from service.core.classifier_inputs import image_size
 from service.core.process import memory_bytes
 from service.core.settings import Settings
 from service.core.tables import Dataset, EmbeddingSet
@@ -28,6 +27,7 @@ def plan_memory(
     body: ClassifierCreate,
     params: dict[str, Any],
     network: BackboneParams | None,
+    n_validation: int,
     settings: Settings,
 ) -> dict[str, Any]:
     """n_images, memory_bytes (None where it cannot be told) and its basis; a problem where workers have less memory.
@@ -47,8 +47,6 @@ def plan_memory(
         numbers = numbers_per_image(network.name, size, is_spatial=method.features == "spatial")
     else:
         return found
-    earlier = earlier_validation(dataset, embedding_set)
-    n_validation = len(validation_classes(plan.seen_classes, body.validation_classes, earlier, seed=body.seed))
     n_seen = len(plan.seen_classes)
     needed = training_bytes(params, n_train, n_test, numbers, n_seen=n_seen, n_validation=n_validation)
     have = settings.worker_memory_bytes or memory_bytes()

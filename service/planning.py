@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -172,7 +173,10 @@ def plan_embedding_set(session: Session, dataset: Dataset, body: EmbeddingSetCre
 
 
 def plan_validation(plan: Plan, validation: Sequence[str] | None, pointer: str) -> None:
-    """Validation classes lie inside the seen ones and leave at least two."""
+    """Validation classes lie inside the seen ones, each named once, and leave at least two."""
+    twice = sorted(name for name, count in Counter(validation or ()).items() if count > 1)
+    if twice:
+        plan.add(pointer, f"Named more than once: {_some(twice)}. Name each validation class once.")
     outside = sorted(set(validation or ()) - set(plan.seen_classes)) if plan.seen_classes else []
     if outside:
         plan.add(pointer, f"Validation classes must be seen classes; these are not: {_some(outside)}.")

@@ -30,7 +30,7 @@ from workers.backbones import BACKBONE_FILE, prepared_backbone
 from workers.features import FeatureTable, feature_spec, image_features
 from workers.finetuning import trainable_backbone
 from workers.imports import put_directory, read_feature_files
-from workers.rows import ImageRow, SplitRows, split_rows, splits_npz
+from workers.rows import SPLITS_FILE, ImageRow, SplitRows, split_rows, splits_npz
 from workers.runner import Publisher, TaskContext
 from workers.runtime import choose_device, seed_everything
 from workers.sources import describe_backbone, open_backbone, open_knowledge, unpack
@@ -106,7 +106,7 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     directory = context.scratch_dir / "model"
     result.save(directory)
     files = tables.files | put_directory(context, directory)  # a fine-tuned network replaces the one it began as
-    files["splits.npz"] = context.store.put_bytes(splits_npz(inputs.rows, [*inputs.seen, *inputs.unseen]))
+    files[SPLITS_FILE] = context.store.put_bytes(splits_npz(inputs.rows, [*inputs.seen, *inputs.unseen]))
     classes = class_rows(inputs.row.id, result.embedder, lookup.resolutions[len(inputs.seen) :], knowledge_unseen)
     return _publisher(inputs, tables, result, files, classes, lookup.warnings)
 
@@ -120,8 +120,8 @@ def _fitted(
     with context.database.read() as session:
         cached = repositories.get_cached_artifact(session, key)
     directory = context.scratch_dir / FITTED
-    if cached is not None:
-        files = cached.summary["files"]
+    files = cached.summary["files"] if cached is not None else {}
+    if files and all(map(context.store.exists, files.values())):
         return load_patch_embedding(method, unpack(context.store, files, tuple(files), directory))
     fitted = fit_patch_embedding(
         tables.patches,

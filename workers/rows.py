@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from sqlalchemy.orm import Session
 from models.data.splits import assign_holdout
 from service.core import repositories
 from service.core.tables import Dataset, Image
+
+SPLITS_FILE = "splits.npz"  # among the artifacts of an embedding set
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class SplitRows:
     train: tuple[ImageRow, ...]
     test_seen: tuple[ImageRow, ...]
     test_unseen: tuple[ImageRow, ...]
+
+    def not_tested_on(self, contents: Collection[str]) -> SplitRows:
+        """The same without test rows of these contents."""
+        seen, unseen = (
+            tuple(row for row in rows if row.sha256 not in contents) for rows in (self.test_seen, self.test_unseen)
+        )
+        return SplitRows(self.train, seen, unseen)
 
 
 def split_rows(session: Session, dataset: Dataset, seen: Sequence[str], unseen: Sequence[str]) -> SplitRows:
@@ -57,6 +66,12 @@ def _held_out(images: Sequence[Image], fraction: float) -> list[bool]:
 
 def _row(image: Image) -> ImageRow:
     return ImageRow(image.sha256, image.class_name, image.filename)
+
+
+def learned_contents(splits: bytes) -> set[str]:
+    """What `splits_npz` lists as train rows: sha256 of each."""
+    with np.load(io.BytesIO(splits), allow_pickle=False) as arrays:
+        return set(arrays["image_sha256"][arrays["trainval_loc"] - 1].tolist())
 
 
 def splits_npz(rows: SplitRows, class_names: Sequence[str]) -> bytes:

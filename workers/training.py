@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from models.base import FloatArray, LabelledFeatures, OnProgress
 from models.catalog import get_method
+from models.data.splits import fold_count
 from models.evaluation import ClassTable, Report, evaluate
 from models.knowledge.tables import attribute_groups
 from models.params import Params, SearchParams
@@ -39,7 +40,7 @@ from workers.training_inputs import (
 
 CLASSES_FILE = "classes.safetensors"
 DIMENSIONS_FILE = "dimensions.json"
-PHASES = [("backbone", 0.05), ("image_features", 0.6), ("training", 0.3), ("evaluation", 0.05)]
+TRAINING_SHARE = 0.3  # of the expected time, see `phases`
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ def train_classifier(context: TaskContext) -> Publisher:
     request = inputs.row.request
     seed_everything(request["seed"])
     device = choose_device(context.settings.device)
-    searching = [("search", 2.0)] if request.get("search") else []
-    watching = [("watching", 0.3)] if request.get("best_on_test") else []  # older rows lack it
-    context.progress.set_phases([*PHASES[:2], *searching, *PHASES[2:], *watching])
+    context.progress.set_phases(phases(inputs))
     embeddings, warnings = class_embeddings(context, inputs)
     tables = image_tables(context, inputs, device)
     dimensions = read_dimensions(context, inputs, embeddings.shape[1])
@@ -99,13 +98,30 @@ def train_classifier(context: TaskContext) -> Publisher:
         found = _search(lesson, params, context.progress, checkpoints.part("search"))
         params, metrics["search"] = found.params, {"trials": found.trials, "reason": found.reason}
     model = lesson.learned(params, context.progress, checkpoints.part("fit"))
-    metrics |= _metrics(model, inputs, tables, [*warnings, *dimensions.warnings])
+    metrics |= _metrics(model, inputs, tables, [*warnings, *tables.warnings, *dimensions.warnings])
     if request["evaluate"]:
         metrics |= _evaluation(model, inputs, tables, embeddings).to_dict()
-    if watching and isinstance(model, EpochModel):
+    if request.get("best_on_test") and isinstance(model, EpochModel):
         metrics["best_on_test"] = _best_on_test(model, inputs, tables, embeddings, context.progress)
     files = tables.files | _files(context, model, embeddings, dimensions.names)
     return _publisher(inputs, files, metrics, model.params)
+
+
+def phases(inputs: Inputs) -> list[tuple[str, float]]:
+    """Expected shares of the time; each group of validation classes costs a training, and a part of one after."""
+    request, n_first = inputs.row.request, len(inputs.validation)
+    n_folds = fold_count(int(inputs.row.params.get("folds", 1)), len(inputs.seen), n_first) if n_first else 0
+    shares = {
+        "backbone": 0.05 if inputs.dataset.kind == "images" else 0.0,
+        "image_features": 0.6 if inputs.dataset.kind == "images" else 0.0,
+        "search": 2.0 if request.get("search") else 0.0,
+        "choosing": TRAINING_SHARE * n_folds,
+        "calibrating": TRAINING_SHARE * n_folds / 2,
+        "training": TRAINING_SHARE,
+        "evaluation": 0.05,
+        "watching": TRAINING_SHARE if request.get("best_on_test") else 0.0,  # older rows lack it
+    }
+    return [(name, share) for name, share in shares.items() if share]
 
 
 def _search(lesson: Lesson, params: Params, on_progress: OnProgress, checkpoints: Checkpoints) -> SearchResult:

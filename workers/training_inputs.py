@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from workers.backbones import BACKBONE_FILE, prepared_backbone
 from workers.embedding import class_numbers, whole_image
 from workers.features import image_features
 from workers.imports import read_feature_files
-from workers.rows import split_rows
+from workers.rows import SPLITS_FILE, SplitRows, learned_contents, split_rows
 from workers.runner import TaskContext
 from workers.sources import describe_backbone, feature_network, open_backbone, open_knowledge, unpack
 
@@ -59,7 +59,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ImageTables:
-    """Image features of the three kinds of rows, labels into all classes, and what made them."""
+    """Image features of the three kinds of rows, labels into all classes, what made them, warnings about them."""
 
     train: LabelledFeatures
     test_seen: LabelledFeatures
@@ -67,6 +67,7 @@ class ImageTables:
     backbone: dict[str, Any] | None
     files: dict[str, str]
     n_skipped: int
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_inputs(context: TaskContext) -> Inputs:
@@ -141,6 +142,7 @@ def image_tables(context: TaskContext, inputs: Inputs, device: str) -> ImageTabl
         return _stored_features(context, inputs, names)
     with context.database.read() as session:
         rows = split_rows(session, inputs.dataset, inputs.seen, inputs.unseen)
+    rows, warnings = _untouched(context, inputs.embedding_set, rows)
     params, scratch, seed = _backbone_params(inputs)
     train_labels = class_numbers(rows.train, inputs.seen)
     sha256s = [row.sha256 for row in rows.train]
@@ -172,7 +174,24 @@ def image_tables(context: TaskContext, inputs: Inputs, device: str) -> ImageTabl
 
     train, test_seen, test_unseen = part(0, inputs.seen), part(1, names), part(2, names)
     about = describe_backbone(params, backbone)
-    return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures))
+    return ImageTables(train, test_seen, test_unseen, about, files, len(table.failures), warnings)
+
+
+def _untouched(
+    context: TaskContext, embedding_set: EmbeddingSet | None, rows: SplitRows
+) -> tuple[SplitRows, list[str]]:
+    """No test rows that the embedding set learned from; a warning where there were some.
+
+    A class's first few images are all train rows, and images of more are divided: those that the set was built on
+    would be test rows now.
+    """
+    if embedding_set is None or SPLITS_FILE not in embedding_set.artifacts:
+        return rows, []
+    kept = rows.not_tested_on(learned_contents(context.store.read_bytes(embedding_set.artifacts[SPLITS_FILE])))
+    n_left_out = len(rows.test_seen) + len(rows.test_unseen) - len(kept.test_seen) - len(kept.test_unseen)
+    if not n_left_out:
+        return rows, []
+    return kept, [f"{n_left_out} test images are left out: the embedding set learned from them."]
 
 
 def _require_memory(context: TaskContext, inputs: Inputs, n_train: int, n_test: int, numbers: int) -> None:

@@ -9,11 +9,13 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.catalog import get_method
+from models.data.splits import validation_classes
 from models.errors import UnknownName
 from models.knowledge.names import normalize_class_name
 from models.params import EmbeddingSetParams, search_space
 from service.classifier_cost import plan_memory
 from service.core import jobs, repositories
+from service.core.classifier_inputs import earlier_validation
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
 from service.core.tables import Classifier, Dataset, EmbeddingSet, Knowledge
@@ -118,7 +120,11 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], d
             used = repositories.get(session, Knowledge, body.knowledge_id or "")
             plan_dimensions(plan, body, used.dim, used.summary.get("attribute_names") or ())
         plan_classes(plan, sizes, seen, unseen or [], parts.settings.max_classes, spelled=known)
-        cost = plan_memory(session, plan, dataset, embedding_set, body, params, network, parts.settings)
+        earlier = earlier_validation(dataset, embedding_set)
+        validation = validation_classes(plan.seen_classes, body.validation_classes, earlier, seed=body.seed)
+        cost = plan_memory(
+            session, plan, dataset, embedding_set, body, params, network, len(validation), parts.settings
+        )
         if known is not None:
             plan_known(plan, "/unseen_classes", plan.unseen_classes, known, "embedding set")
             plan_known(plan, "/seen_classes", plan.seen_classes, known, "embedding set")
@@ -135,7 +141,7 @@ def _plan(parts: Parts, body: ClassifierCreate) -> tuple[Plan, dict[str, Any], d
             plan.add("/scratch", "Nothing is trained from scratch: give a 'backbone' with weights 'scratch', too.")
     plan_validation(plan, body.validation_classes, "/validation_classes")
     if body.search is not None:
-        _plan_search(plan, body)
+        _plan_search(plan, body, len(validation))
     if body.best_on_test:
         _plan_best_on_test(plan, body, params)
     return plan, params, cost
@@ -149,10 +155,16 @@ def _plan_best_on_test(plan: Plan, body: ClassifierCreate, params: dict[str, Any
         plan.add("/best_on_test", f"{body.method!r} does not learn in epochs; leave 'best_on_test' out.")
 
 
-def _plan_search(plan: Plan, body: ClassifierCreate) -> None:
+def _plan_search(plan: Plan, body: ClassifierCreate, n_validation: int) -> None:
     """There is something to search, and something to search on."""
-    if body.validation_classes == [] or (body.validation_classes is None and 0 < len(plan.seen_classes) < 4):
+    if plan.seen_classes and not n_validation:
         plan.add("/search", "A search needs validation classes: name some, or give at least 4 seen classes.")
+    elif n_validation == 1 and body.search is not None and body.search.metric == "t1":
+        plan.add(
+            "/search/metric",
+            "Among a single validation class every answer is right, so that T1 tells nothing. Name two or more in "
+            "validation_classes, or use 'h'.",
+        )
     try:
         space = search_space(get_method(body.method, "classifier").params)
     except UnknownName:
@@ -190,6 +202,8 @@ def _classes_from_set(
 def _create(parts: Parts, body: ClassifierCreate, plan: Plan, params: dict[str, Any]) -> Response:
     with parts.database.write() as session:
         repositories.get(session, Dataset, body.dataset_id)  # may be gone since it was looked at
+        if body.dimension_knowledge_id is not None:
+            repositories.get(session, Knowledge, body.dimension_knowledge_id)
         row = Classifier(
             id=new_id("classifier"),
             name=body.name or "",

@@ -121,6 +121,7 @@ def test_parameters_are_searched_on_validation_classes(live_api: LiveApi) -> Non
     ended = finish(live_api, job["id"], TASKS)
     assert ended["status"] == "succeeded", ended["error"]
     row = checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)
+    assert ended["progress"]["phases"][2:6] == ["search", "choosing", "calibrating", "training"]
     trials = row["metrics"]["search"]["trials"]
     assert [set(trial["params"]) for trial in trials] == [{"learning_rate", "scale"}] * 3
     best = max(trials, key=lambda trial: trial["t1"])
@@ -275,6 +276,7 @@ def test_confusions_are_with_the_classifier_and_not_in_lists(live_api: LiveApi) 
         ({"seen_classes": ["cat", "dog"], "unseen_classes": ["dog"]}, "/unseen_classes", "Both seen and unseen"),
         ({"seen_classes": ["cat"]}, "/seen_classes", "At least 2"),
         ({"validation_classes": ["polar_bear"]}, "/validation_classes", "must be seen"),
+        ({"validation_classes": ["cow", "cow"]}, "/validation_classes", "more than once: 'cow'"),
         ({"backbone": {"name": "resnet51"}}, "/backbone/name", "Did you mean"),
         ({"sed": 1}, "/sed", "Did you mean 'seed'?"),
         ({"scratch": {"epochs": 3}}, "/scratch", "Nothing is trained from scratch"),
@@ -283,6 +285,7 @@ def test_confusions_are_with_the_classifier_and_not_in_lists(live_api: LiveApi) 
         ({"search": {"trials": 0}}, "/search/trials", "greater than or equal to 1"),
         ({"search": {}}, "/search", "needs validation classes"),
         ({"search": {}, "validation_classes": []}, "/search", "needs validation classes"),
+        ({"search": {"metric": "t1"}, "validation_classes": ["cow"]}, "/search/metric", "single validation class"),
         ({"search": {}, "method": "eszsl", "validation_classes": ["cow"]}, "/search", "chooses its settings by itself"),
         (
             {"search": {}, "params": {"learning_rate": 0.1, "scale": 2, "normalize": "l2"}},

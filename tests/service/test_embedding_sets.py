@@ -221,7 +221,7 @@ def test_a_set_that_is_not_ready(live_api: LiveApi) -> None:
 
 
 def test_delete_only_what_nothing_uses(live_api: LiveApi) -> None:
-    set_id = live_api.embedding_set(THREE)
+    set_id = live_api.embedding_set(THREE, unseen=("zebra",))
     body = {"dataset_id": live_api.filled_dataset({"cat": 1, "dog": 1}), "embedding_set_id": set_id}
     job = checked(live_api.client.post("/v1/classifiers", json={**body, "unseen_classes": ["zebra"]}), JobOut, 202)
     problem(live_api.client.delete(f"/v1/embedding-sets/{set_id}"), 409, job["resource"]["id"])
