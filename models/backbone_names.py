@@ -97,3 +97,9 @@ FIXED_SIZE_NAMES: frozenset[str] = frozenset(name for name in BACKBONE_NAMES if 
 
 MAP_SIDES = {name: 6 if name == "alexnet" else 7 for name in NETWORKS if name.startswith(("alexnet", "vgg"))}
 """Networks whose last map has so many places a side, whatever the image's size."""
+
+
+def network_of(filename: str) -> str | None:
+    """The network whose name a weights file begins with: 'resnet50-0676ba61.pth' -> 'resnet50'."""
+    fitting = [name for name in BACKBONE_NAMES if filename.lower().startswith(name)]
+    return max(fitting, key=len, default=None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from models.backbone_names import BACKBONE_NAMES, FIXED_SIZE_NAMES
+from models.backbone_names import BACKBONE_NAMES, FIXED_SIZE_NAMES, network_of
 from models.catalog import METHODS, Kind, get_method
 from models.errors import InvalidInput, UnknownName, nearest_names
 from models.knowledge.base import Resolution
@@ -192,10 +192,18 @@ def plan_backbone(plan: Plan, backbone: BackboneParams, settings: Settings, poin
         plan.add(f"{pointer}/weights", "Only 'small_cnn' is trained from scratch; give another network weights.")
     elif backbone.weights == "imagenet" and backbone.name == "small_cnn":
         plan.add(f"{pointer}/weights", "'small_cnn' has no ImageNet weights; use 'scratch'.")
-    elif backbone.weights not in ("imagenet", "scratch", "random"):
+    elif backbone.weights == "imagenet":
+        _warn_of_download(plan, backbone.name, settings, pointer)
+    elif backbone.weights not in ("scratch", "random"):
         problem = _weights_problem(backbone.weights, settings)
         if problem:
             plan.add(f"{pointer}/weights", problem)
+        elif (of_file := network_of(backbone.weights)) and not backbone.name.startswith(of_file):
+            plan.add(
+                f"{pointer}/name",
+                f"{backbone.weights!r} is named as weights of {of_file!r}, not of {backbone.name!r}. Set the name to "
+                f"{of_file!r}, give another file, or rename this one.",
+            )
 
 
 def plan_features(plan: Plan, method: str) -> None:
@@ -240,6 +248,21 @@ def plan_dimensions(plan: Plan, body: ClassifierCreate, dim: int | None, named: 
             "/dimension_names",
             "Nothing says what the dimensions are called, so their vectors cannot be looked up: give their names.",
         )
+
+
+def _warn_of_download(plan: Plan, network: str, settings: Settings, pointer: str) -> None:
+    """No file of this machine's cache has the network's name, however its words are separated."""
+    files = (_letters(path.name) for path in (settings.cache_dir / "weights").glob("*"))
+    if network in BACKBONE_NAMES and not any(name.startswith(_letters(network)) for name in files):
+        message = (
+            f"This machine has no ImageNet weights of {network!r} yet; the worker downloads them unless it has them. "
+            "If it has no way out, put a file into the weights directory and name it."
+        )
+        plan.warnings.append(Problem(f"{pointer}/weights", message))
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _weights_problem(name: str, settings: Settings) -> str | None:

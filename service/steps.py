@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from models.backbone_names import BACKBONE_NAMES
+from models.backbone_names import network_of
 from service.cli_output import console, duration, follow, print_rejected, upload_bar
 from service.client import Client, FolderUpload, UnseenError
 from service.client_http import Json
@@ -50,12 +50,6 @@ class EmbedOptions:
     method: str = "vgse"
     relation: str = "auto"
     params: Json = field(default_factory=dict)
-
-
-def network_of(filename: str) -> str | None:
-    """The network whose name a weights file begins with: 'resnet50-0676ba61.pth' -> 'resnet50'."""
-    fitting = [name for name in BACKBONE_NAMES if filename.lower().startswith(name)]
-    return max(fitting, key=len, default=None)
 
 
 @contextmanager

@@ -308,11 +308,7 @@ def test_the_summary_tells_relation_and_reason(shown: io.StringIO) -> None:
     assert "skipped a.jpg: It is cut off." in text
 
 
-def test_networks_are_told_by_their_files() -> None:
-    assert steps.network_of("mobilenet_v2-imagenet1k.fp16.safetensors") == "mobilenet_v2"
-    assert steps.network_of("resnet50-0676ba61.pth") == "resnet50"
-    assert steps.network_of("efficientnet_v2_s-dd5fe13b.pth") == "efficientnet_v2_s"
-    assert steps.network_of("mine.pth") is None
+def test_training_from_scratch_is_the_small_network_s() -> None:
     assert steps.Network(None, "scratch").params() == {"name": "small_cnn", "weights": "scratch"}
 
 
