@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from models.errors import ModelError, nearest_names
 from service.core.errors import (
@@ -137,7 +138,7 @@ def _sentence(error: Any, model: Any) -> str:
         hint = f"Did you mean {near[0]!r}?" if near else f"Valid: {', '.join(valid)}." if valid else "Remove it."
         return f"Unknown field {name!r}. {hint}"
     if kind == "missing":
-        return "This field is required." if len(error["loc"]) > 1 else "Send a JSON body."
+        return "Send a JSON body." if tuple(error["loc"]) == ("body",) else "This field is required."
     if isinstance(given, str | int | float | bool):
         shown = repr(given) if len(repr(given)) <= 80 else repr(given)[:77] + "..."
         return f"{message} (given: {shown})."
@@ -173,6 +174,8 @@ def install(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 405:  # the framework names the methods of one route alone
+            error = HTTPException(405, error.detail, {"Allow": ", ".join(_methods_taken(request))})
         response = problem_response(_of_http(request, error), request.url.path)
         response.headers.update(error.headers or {})
         return response
@@ -181,6 +184,15 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
+
+
+def _methods_taken(request: Request) -> list[str]:
+    """By all routes of the request's path together."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _of_request(request: Request, errors: Sequence[Any]) -> ServiceError:

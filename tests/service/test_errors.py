@@ -60,11 +60,19 @@ def test_every_route_documents_its_errors(method: str, path: str, operation: dic
 def test_routes_and_methods_that_are_not_there(live_api: LiveApi) -> None:
     problem(live_api.client.get("/v1/nothing"), 404, "no route GET /v1/nothing", "/docs")
     response = live_api.client.put("/v1/datasets")
-    problem(response, 405, "does not take PUT")
-    assert "GET" in response.headers["allow"] or "POST" in response.headers["allow"]
+    problem(response, 405, "does not take PUT. It takes GET, POST.")
+    assert response.headers["allow"] == "GET, POST"
+    assert live_api.client.patch("/v1/datasets/x").headers["allow"] == "DELETE, GET"
+    assert live_api.client.put("/docs").headers["allow"] == "GET, HEAD"
     problem(live_api.client.get("/v1/datasets/a%00b"), 422, "NUL")
     problem(live_api.client.get("/v1/datasets/x/images?class_name=%00"), 422, "NUL")
     problem(live_api.client.get("/v1/methods/sjee"), 404, "Did you mean 'sje'?")
+
+
+def test_a_field_that_is_missing_is_no_missing_body(live_api: LiveApi) -> None:
+    answer = problem(live_api.client.post("/v1/knowledge", json={"vectors": {"cat": [1.0]}}), 422)
+    assert answer["errors"] == [{"pointer": "/name", "message": "This field is required."}]
+    problem(live_api.client.post("/v1/datasets"), 422, "Send a JSON body.")
 
 
 def test_request_ids_are_echoed_or_made(live_api: LiveApi) -> None:
