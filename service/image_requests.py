@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,13 +11,13 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import nearest_names
+from models.errors import InvalidInput, nearest_names
 from service.core import repositories
 from service.core.disconnect import unless_gone
 from service.core.errors import Conflict, Invalid, Problem, TooLarge, UnsupportedMedia
 from service.core.repositories import ClassifierState
 from service.deps import Parts
-from service.problems import invalid
+from service.problems import invalid, pointer_of
 from service.uploads import content_type_of, file_fields, filename_of, multipart
 
 Send = Callable[[dict[str, Any], Sequence[bytes]], Awaitable[dict[str, Any]]]
@@ -39,11 +40,36 @@ Options = TypeVar("Options", bound=ImageOptions)
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Images with the file names they came under, and the options that came with them, unchecked."""
+    """Images with the file names they came under, and the options that came with them, unchecked.
+
+    places: the steps to options that stand elsewhere than in a field of the body of the same name.
+    """
 
     images: list[bytes]
     filenames: list[str | None]
     options: dict[str, Any]
+    places: dict[str, tuple[str, ...]]
+
+    @contextmanager
+    def pointing(self, **called: str) -> Iterator[None]:
+        """Errors about options point to where these stand. called: options that errors call by another name."""
+        try:
+            yield
+        except Invalid as error:
+            error.problems = [Problem(self._placed(p.pointer, called), p.message) for p in error.problems]
+            raise
+        except InvalidInput as error:
+            error.field = error.field and self._placed("/" + error.field, called)[1:]
+            raise
+
+    def _placed(self, pointer: str, called: dict[str, str]) -> str:
+        name, *more = pointer[1:].split("/")
+        name = called.get(name, name)
+        return pointer_of([*self.place(name), *(more if name in LISTS else ())]) if name in self.options else pointer
+
+    def place(self, name: str) -> tuple[str, ...]:
+        """The steps to an option."""
+        return self.places.get(name, (name,))
 
 
 def image_operation(options: type[ImageOptions], json: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -76,6 +102,11 @@ def in_query(request: Request, options: type[ImageOptions]) -> dict[str, Any]:
     return {name: query.getlist(name) if name in LISTS else query[name] for name in query}
 
 
+def in_the_query(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The places of options there."""
+    return {name: ("query", name) for name in names}
+
+
 def _require_known(names: Iterable[str], options: type[ImageOptions], where: str) -> None:
     known = list(options.model_fields)
     for name in names:
@@ -88,12 +119,13 @@ def _require_known(names: Iterable[str], options: type[ImageOptions], where: str
             )
 
 
-def validated(options: dict[str, Any], kind: type[Options]) -> Options:
-    """The `options` as a `kind`; Invalid with all that is wrong with them."""
+def validated(request: ImageRequest, kind: type[Options]) -> Options:
+    """The options as a `kind`; Invalid with all that is wrong with them."""
     try:
-        return kind.model_validate(options)
+        return kind.model_validate(request.options)
     except ValidationError as error:
-        raise invalid(error.errors(), kind) from None
+        errors = [{**e, "loc": (*request.place(str(e["loc"][0])), *e["loc"][1:])} for e in error.errors()]
+        raise invalid(errors, kind) from None
 
 
 async def read_images(
@@ -107,7 +139,7 @@ async def read_images(
         data = await request.body()
         if not data:
             raise Invalid("The body is empty; send the bytes of one image.")
-        return ImageRequest([data], [None], given)
+        return ImageRequest([data], [None], given, in_the_query(given))
     raise UnsupportedMedia(
         "Send multipart/form-data with 'images', one image as image/*, or, where JSON is taken, {inputs, parameters}; "
         f"not {content_type or 'a body without Content-Type'!r}."
@@ -133,7 +165,10 @@ async def _read_form(
             raise TooLarge(
                 f"{len(files)} images; one request takes at most {parts.settings.max_classify_images}. Send several."
             )
-        return ImageRequest([await file.read() for file in files], [filename_of(file) for file in files], stated)
+        places = in_the_query(given.keys() - texts.keys())
+        return ImageRequest(
+            [await file.read() for file in files], [filename_of(file) for file in files], stated, places
+        )
 
 
 async def ask(

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
+from models.catalog import get_method
 from models.data.images import ImageLimits, decode_image
 from models.data.overlays import SIDE, Tile, sheet
 from models.knowledge.names import validate_class_names
@@ -55,15 +56,23 @@ async def attention(classifier_id: str, request: Request, parts: PartsDep) -> Re
     Answers numbers, or, to `Accept: image/jpeg` and one image, a picture with the maps laid over it.
     """
     images = await read_images(request, parts, in_query(request, Options), Options)
-    options = validated(images.options, Options)
+    options = validated(images, Options)
     if options.class_name is not None:
-        (name,) = validate_class_names([options.class_name], field="class_name")
+        with images.pointing():
+            (name,) = validate_class_names([options.class_name], field="class_name")
         options = options.model_copy(update={"class_name": name})
     wants_picture = JPEG in request.headers.get("accept", "")
     if wants_picture and len(images.images) != 1:
         raise Invalid(f"A picture shows one image, and {len(images.images)} were sent; send one, or accept JSON.")
     chosen = await ready_classifier(parts, classifier_id)
-    _, data = await ask(request, parts, parts.inference.look, {"classifier": chosen, **options.model_dump()}, images)
+    if get_method(chosen.method, "classifier").features != "spatial":
+        raise Invalid(
+            f"Classifier {chosen.id!r} is of method {chosen.method!r}, which does not look at places of an image: it "
+            "has no attention maps. Methods that do say so in GET /v1/methods: features 'spatial'."
+        )
+    asked = {"classifier": chosen, **options.model_dump()}
+    with images.pointing(class_names="class_name"):
+        _, data = await ask(request, parts, parts.inference.look, asked, images)
     if not wants_picture:
         return FastJSON({"classifier_id": chosen.id, "data": data})
     if data[0]["error"]:

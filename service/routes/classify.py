@@ -18,6 +18,7 @@ from service.image_requests import (
     ask,
     image_operation,
     in_query,
+    in_the_query,
     read_images,
     ready_classifier,
     validated,
@@ -62,7 +63,7 @@ async def classify(request: Request, parts: PartsDep) -> Response:
     if content_type_of(request) == "application/json":
         return await _classify_hugging_face(request, parts, given)
     images = await read_images(request, parts, given, Options)
-    return FastJSON(await run(request, parts, _options(images.options), images))
+    return FastJSON(await run(request, parts, images))
 
 
 async def _classify_hugging_face(request: Request, parts: Parts, given: dict[str, Any]) -> Response:
@@ -75,29 +76,35 @@ async def _classify_hugging_face(request: Request, parts: Parts, given: dict[str
         raise Invalid("`inputs` must be the image in base64.", problems=[Problem("/inputs", "not base64")]) from None
     labels = body.parameters.candidate_labels
     given |= {"class_names": labels, "top_k": body.parameters.top_k or len(labels)}
+    places = in_the_query(given) | {"class_names": ("parameters", "candidate_labels"), "top_k": ("parameters", "top_k")}
     if body.classifier_id:
         given["classifier_id"] = body.classifier_id
-    result = (await run(request, parts, _options(given), ImageRequest([image], [None], given)))["data"][0]
+        places.pop("classifier_id", None)
+    result = (await run(request, parts, ImageRequest([image], [None], given, places)))["data"][0]
     if result["error"]:
         raise Invalid(result["error"], problems=[Problem("/inputs", result["error"])])
     return FastJSON([{"label": p["label"], "score": p["score"]} for p in result["predictions"]])
 
 
-def _options(given: dict[str, Any]) -> Options:
-    options = validated(given, Options)
-    if options.class_names is None:
-        return options
-    if not options.class_names:
+def _names(given: list[str] | None) -> list[str] | None:
+    if given is None:
+        return None
+    if not given:
         raise Invalid("`class_names` is empty; leave it out to let all classes of the scope compete.")
-    names = validate_class_names(options.class_names, field="class_names")
-    return options.model_copy(update={"class_names": list(names)})
+    return list(validate_class_names(given, field="class_names"))
 
 
-async def run(request: Request, parts: Parts, options: Options, images: ImageRequest) -> dict[str, Any]:
+async def run(request: Request, parts: Parts, images: ImageRequest) -> dict[str, Any]:
     """Asks the inference process and shapes its answer."""
-    chosen = await ready_classifier(parts, options.classifier_id)
-    asked = options.model_dump(exclude={"classifier_id", "min_score"}) | {"classifier": chosen}
-    answer, data = await ask(request, parts, parts.inference.classify, asked, images)
+    options = validated(images, Options)
+    with images.pointing():
+        names = _names(options.class_names)
+        chosen = await ready_classifier(parts, options.classifier_id)
+        asked = options.model_dump(exclude={"classifier_id", "min_score"}) | {
+            "classifier": chosen,
+            "class_names": names,
+        }
+        answer, data = await ask(request, parts, parts.inference.classify, asked, images)
     for item in data:
         item.setdefault("explanation", None)
         best = max((p["score"] for p in item["predictions"]), default=None)

@@ -44,11 +44,12 @@ class Options(ImageOptions):
 async def infer(request: Request, parts: PartsDep) -> Response:
     """Approximate semantic inference (PSR, 4.5): the known classes that images of unknown ones are like, and unlike."""
     images = await read_images(request, parts, in_query(request, Options), Options)
-    options = validated(images.options, Options)
-    names = options.class_names and list(validate_class_names(options.class_names, field="class_names"))
-    chosen = await _chosen(parts, options.classifier_id)
-    asked = options.model_dump(exclude={"classifier_id"}) | {"classifier": chosen, "class_names": names}
-    _, data = await ask(request, parts, parts.inference.infer, asked, images)
+    options = validated(images, Options)
+    with images.pointing():
+        names = options.class_names and list(validate_class_names(options.class_names, field="class_names"))
+        chosen = await _chosen(parts, options.classifier_id)
+        asked = options.model_dump(exclude={"classifier_id"}) | {"classifier": chosen, "class_names": names}
+        _, data = await ask(request, parts, parts.inference.infer, asked, images)
     return FastJSON({"classifier_id": chosen.id, "tau": options.tau, "data": data})
 
 

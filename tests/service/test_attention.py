@@ -75,9 +75,14 @@ def test_the_client_asks_for_both(live_api: LiveApi) -> None:
 def test_bad_requests_say_what_is_wrong(live_api: LiveApi) -> None:
     classifier = live_api.classifier(method="sc_egg")
     for options, what in (("?top_k=0", "top_k"), ("?class_name=%20", "class_name")):
-        problem(live_api.client.post(url(classifier) + options, content=png(1), headers=RAW), 422, what)
+        refused = problem(live_api.client.post(url(classifier) + options, content=png(1), headers=RAW), 422, what)
+        assert refused["errors"][0]["pointer"] == f"/query/{what}"
     problem(live_api.client.post(url(classifier), json={"inputs": ""}), 415, "multipart/form-data")
     problem(live_api.client.post(url("cl_none"), content=png(1), headers=RAW), 404, "cl_none")
+    before, other = len(live_api.inference.calls), live_api.classifier(method="sje")
+    asked = live_api.client.post(url(other) + "?class_name=unknown", content=png(1), headers=RAW)
+    problem(asked, 422, "'sje'", "no attention maps")
+    assert len(live_api.inference.calls) == before  # the class may well be unknown, but that is not what is wrong
     queued = live_api.classifier("queued", method="sc_egg")
     problem(live_api.client.post(url(queued), content=png(1), headers=RAW), 409, "queued")
 

@@ -11,7 +11,9 @@ import httpx
 import pytest
 from starlette.responses import Response
 
+from models.errors import InvalidInput
 from service.answers import ClassifyOut
+from service.core.errors import problem_of
 from tests.service.harness import LiveApi, checked, png, problem
 
 URL = "/v1/classify"
@@ -80,13 +82,38 @@ def test_options_of_the_query_are_checked_as_those_of_the_form(live_api: LiveApi
     before, headers = len(live_api.inference.calls), {"content-type": "image/png"}
     for query, pointer, words in (
         ("top-k=3", "/query/top-k", "Did you mean 'top_k'?"),
-        ("top_k=0", "/top_k", "greater than or equal to 1"),
-        ("scope=some", "/scope", "'unseen', 'seen' or 'all'"),
-        ("gamma=inf", "/gamma", "finite number"),
+        ("top_k=0", "/query/top_k", "greater than or equal to 1"),
+        ("scope=some", "/query/scope", "'unseen', 'seen' or 'all'"),
+        ("gamma=inf", "/query/gamma", "finite number"),
+        ("class_names=cat&class_names=%20", "/query/class_names/1", "is empty"),
     ):
         refused = problem(live_api.client.post(f"{URL}?{query}", content=png(5), headers=headers), 422, words)
         assert refused["errors"][0]["pointer"] == pointer
     assert len(live_api.inference.calls) == before
+
+
+def test_errors_point_to_where_an_option_was_stated(live_api: LiveApi, classifier: str) -> None:
+    def pointers(response: httpx.Response) -> list[str]:
+        return [entry["pointer"] for entry in problem(response, 422)["errors"]]
+
+    form = {"files": {"images": ("a", png(1))}}
+    assert pointers(live_api.client.post(f"{URL}?gamma=x", data={"top_k": "0"}, **form)) == ["/top_k", "/query/gamma"]
+    assert pointers(live_api.client.post(f"{URL}?top_k=0", data={"top_k": "0"}, **form)) == ["/top_k"]
+    assert pointers(live_api.client.post(f"{URL}?top_k=0", json={})) == ["/inputs", "/parameters"]
+    twice = {"candidate_labels": ["cat", "Cat"]}
+    assert pointers(hugging_face(live_api, parameters=twice)) == ["/parameters/candidate_labels/1"]
+    refusal = problem_of(InvalidInput("No vector for 'okapi'.", field="class_names"))
+    live_api.inference.answer = Response(json.dumps(refusal), status_code=422)
+    headers = {"content-type": "image/png"}
+    try:
+        asked = live_api.client.post(f"{URL}?class_names=okapi", content=png(1), headers=headers)
+        sc_egg = live_api.classifier(method="sc_egg")
+        looked = live_api.client.post(
+            f"/v1/classifiers/{sc_egg}/attention?class_name=okapi", content=png(1), headers=headers
+        )
+    finally:
+        live_api.inference.answer = None
+    assert (pointers(asked), pointers(looked)) == (["/query/class_names"], ["/query/class_name"])
 
 
 def test_a_raw_body_that_is_no_image(live_api: LiveApi, classifier: str) -> None:
