@@ -141,6 +141,7 @@ def _search(lesson: Lesson, params: Params, on_progress: OnProgress, checkpoints
 def _metrics(model: ZeroShotModel, inputs: Inputs, tables: ImageTables, warnings: list[str]) -> dict[str, Any]:
     """How the classifier came about."""
     warnings += [told] if (told := model.validation_.get("out_of_memory")) else []
+    warnings += _unmeasured(inputs, tables)
     return {
         "validation": model.validation_,
         "history": model.history_,
@@ -154,6 +155,17 @@ def _metrics(model: ZeroShotModel, inputs: Inputs, tables: ImageTables, warnings
         "image_size": inputs.image_size,
         "warnings": warnings[:MAX_REPORTED],
     }
+
+
+def _unmeasured(inputs: Inputs, tables: ImageTables) -> list[str]:
+    """What an evaluation was asked for and has no images for."""
+    if not inputs.row.request["evaluate"] or not inputs.unseen:
+        return []
+    if not len(tables.test_unseen.labels):
+        return ["No test images of unseen classes: T1, U and H cannot be measured. Add some with split=test."]
+    if not len(tables.test_seen.labels):
+        return ["No test images of seen classes: U, S and H cannot be measured. Add some with split=test."]
+    return []
 
 
 def _evaluation(model: ZeroShotModel, inputs: Inputs, tables: ImageTables, embeddings: FloatArray) -> Report:

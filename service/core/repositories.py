@@ -203,11 +203,12 @@ def _refuse_if_used(kind: str, row_id: str, users: Sequence[str]) -> None:
 
 
 def find_embedding_set(session: Session, id_or_name: str) -> EmbeddingSet:
-    """By id, else the newest ready set of that name."""
+    """By id, else the newest ready set of that name, else the newest of that name."""
     row = session.get(EmbeddingSet, id_or_name)
     if row is None:
-        query = select(EmbeddingSet).where(EmbeddingSet.name == id_or_name, EmbeddingSet.status == "ready")
-        row = session.scalars(query.order_by(EmbeddingSet.id.desc()).limit(1)).first()
+        query = select(EmbeddingSet).where(EmbeddingSet.name == id_or_name)
+        is_ready = EmbeddingSet.status == "ready"
+        row = session.scalars(query.order_by(is_ready.desc(), EmbeddingSet.id.desc()).limit(1)).first()
     if row is None:
         raise NotFound(
             f"There is no embedding set with id or name {id_or_name!r}. List them with GET /v1/embedding-sets."

@@ -98,9 +98,9 @@ class LiveApi:
         assert response.status_code == 201, response.text
         return str(response.json()["id"])
 
-    def filled_dataset(self, classes: Mapping[str, int]) -> str:
+    def filled_dataset(self, classes: Mapping[str, int], **fields: Any) -> str:
         """A dataset with so many images of each class."""
-        dataset_id = self.dataset()
+        dataset_id = self.dataset(**fields)
         seed = 0
         for name, n in classes.items():
             files = []

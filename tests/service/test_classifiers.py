@@ -21,7 +21,7 @@ from service.core import repositories
 from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
-from tests.service.tasks import finish, knowledge
+from tests.service.tasks import finish, knowledge, trained_classifier
 from workers.runner import TaskFunction
 from workers.training import train_classifier
 
@@ -219,6 +219,26 @@ def test_a_retried_search_goes_on_with_its_trials(live_api: LiveApi, monkeypatch
         for trial in row["metrics"]["search"]["trials"]:
             trial.pop("seconds")
     assert resumed["metrics"] == plain["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("images", "test_fraction", "warning"),
+    [
+        ({"cat": 6, "dog": 6}, 0.5, "No test images of unseen classes: T1, U and H cannot be measured."),
+        ({"cat": 2, "dog": 2, "zebra": 1}, 0.0, "No test images of seen classes: U, S and H cannot be measured."),
+        ({"cat": 6, "dog": 6, "zebra": 1}, 0.5, None),
+    ],
+)
+def test_what_cannot_be_measured_is_warned_of(
+    live_api: LiveApi, images: dict[str, int], test_fraction: float, warning: str | None
+) -> None:
+    dataset_id = live_api.filled_dataset(images, test_fraction=test_fraction)
+    source = knowledge(live_api)
+    metrics = trained_classifier(live_api, dataset_id=dataset_id, knowledge_id=source)["metrics"]
+    assert (metrics["zsl"] is None, metrics["gzsl"] is None) == ("zebra" not in images, warning is not None)
+    assert [told.split(" Add")[0] for told in metrics["warnings"]] == ([warning] if warning else [])
+    unasked = trained_classifier(live_api, dataset_id=dataset_id, knowledge_id=source, evaluate=False)["metrics"]
+    assert unasked["warnings"] == []
 
 
 def test_a_small_device_gets_smaller_batches_and_the_job_says_so(

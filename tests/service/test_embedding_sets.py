@@ -343,3 +343,11 @@ def test_bad_inputs(live_api: LiveApi, given: Any, words: str, pointer: str) -> 
     if pointer:
         assert answer["errors"][0]["pointer"].startswith(pointer)
     problem(embed(live_api, model="no such set", input="cat"), 404, "no such set", "GET /v1/embedding-sets")
+
+
+def test_a_name_whose_only_sets_are_not_ready(live_api: LiveApi) -> None:
+    live_api.embedding_set({}, name="soon", status="queued", job_id="job_8")
+    problem(embed(live_api, model="soon", input="cat"), 409, "still being built", "job_8")
+    live_api.embedding_set({"cat": np.array([1.0])}, name="soon")
+    live_api.embedding_set({}, name="soon", status="queued", job_id="job_9")
+    assert embed(live_api, model="soon", input="cat").status_code == 200
