@@ -8,6 +8,7 @@ from functools import partial
 from threading import Event, Thread
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from service import problems
 from service.auth import Authenticator
@@ -92,8 +93,15 @@ def create_app(settings: Settings | None = None, started: Callable[[], object] |
         parts.redis.close()
         parts.database.close()
 
-    app = FastAPI(
-        title="Unseen", description=DESCRIPTION, version=system.package_version(), lifespan=lifespan, redoc_url=None
+    app = FastAPIOffline(
+        title="Unseen",
+        description=DESCRIPTION,
+        version=system.package_version(),
+        lifespan=lifespan,
+        redoc_url=None,
+        static_url="/docs/static",
+        favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},  # else it may ask a public server about the document
     )
     for module in ROUTERS:
         app.include_router(module.router)

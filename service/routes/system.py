@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from fastapi import APIRouter, Response
+from fastapi.responses import RedirectResponse
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
@@ -30,6 +31,12 @@ def package_version() -> str:
         return metadata.version("unseen")
     except metadata.PackageNotFoundError:  # run from a checkout that was never installed
         return "0.0.0"
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    """To the documentation, whatever path a proxy puts before both."""
+    return RedirectResponse("docs")
 
 
 @router.get("/healthz")

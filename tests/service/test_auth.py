@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -112,6 +113,17 @@ def test_health_and_docs_are_open(api: LiveApi) -> None:
     for path in ("/healthz", "/version", "/docs", "/openapi.json"):
         assert api.client.get(path).status_code == 200, path
     assert api.client.get("/readyz").status_code in (200, 503)
+
+
+def test_the_page_of_docs_needs_no_other_server_and_no_key(api: LiveApi) -> None:
+    page = api.client.get("/", follow_redirects=True)
+    assert (page.status_code, page.url.path) == (200, "/docs")
+    assert "://" not in page.text
+    assets = re.findall(r'(?:src|href)="(/[^"]+)"', page.text)
+    assert len(assets) == 2
+    for path in assets:
+        assert len(api.client.get(path).content) > 100_000, path
+    problem(api.client.get("/docs/static/nothing.js"), 404)
 
 
 def test_an_idempotency_key_belongs_to_its_caller(api: LiveApi) -> None:

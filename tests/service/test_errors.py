@@ -63,7 +63,7 @@ def test_routes_and_methods_that_are_not_there(live_api: LiveApi) -> None:
     problem(response, 405, "does not take PUT. It takes GET, POST.")
     assert response.headers["allow"] == "GET, POST"
     assert live_api.client.patch("/v1/datasets/x").headers["allow"] == "DELETE, GET"
-    assert live_api.client.put("/docs").headers["allow"] == "GET, HEAD"
+    assert live_api.client.put("/openapi.json").headers["allow"] == "GET, HEAD"
     problem(live_api.client.get("/v1/datasets/a%00b"), 422, "NUL")
     problem(live_api.client.get("/v1/datasets/x/images?class_name=%00"), 422, "NUL")
     problem(live_api.client.get("/v1/methods/sjee"), 404, "Did you mean 'sje'?")
