@@ -112,6 +112,7 @@ class JobProgress:
         self._clock = clock
         self._lock = threading.Lock()
         self._written = -math.inf
+        self._unwritten: Progress | None = None
         self._mute_until = -math.inf  # a Redis that is away must not slow the work down
         self._stop: Exception | None = None
         self._timeline = Timeline(phases, clock)
@@ -135,13 +136,22 @@ class JobProgress:
         self.check()
         with self._lock:
             self._timeline.update(progress.phase, progress.completed, progress.total)
-            now = self._clock()
+            self._unwritten = progress
+            is_due = self._clock() - self._written >= self._interval_s
             if progress.note and progress.note not in self._notes:
                 self._notes.append(progress.note)
-            elif now - self._written < self._interval_s:
+                is_due = True
+        if is_due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the last report if it came too soon after the one before; raises as `check` does."""
+        self.check()
+        with self._lock:
+            if self._unwritten is None:
                 return
-            self._written = now
-            view = self._view(progress)
+            view, now = self._view(self._unwritten), self._clock()
+            self._unwritten, self._written = None, now
             self._write(view)
             is_muted = now < self._mute_until
         if not is_muted and events.publish(self._redis, self._job_id, "progress", view) is None:

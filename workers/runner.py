@@ -131,7 +131,7 @@ def _attempt(job: JobSnapshot, tasks: Mapping[str, TaskFunction], services: Serv
                 services.settings, services.database, services.store, services.redis, job, progress, scratch
             )
             publisher = task(context)
-            progress.check()
+            progress.flush()
             return _publish(job, publisher, services.database)
         except Exception as error:
             return _end(job, error, services)

@@ -59,7 +59,9 @@ def test_an_archive_becomes_images_and_a_report(live_api: LiveApi) -> None:
     files |= {"cat/again.png": png(0), "dog/broken.png": png(99)[:60], "dog/notes.txt": b"hello"}
     job = imported(live_api, dataset_id, zipped(files))
     assert job["status"] == "succeeded", job["error"]
-    result = job["result"]
+    result, progress = job["result"], job["progress"]
+    assert progress["completed"] == progress["total"]
+    assert progress["metrics"]["accepted"] == 6
     assert (result["n_accepted"], result["n_duplicates"], result["n_rejected"]) == (6, 1, len(result["rejected"]))
     reasons = {entry["filename"]: entry["reason"] for entry in result["rejected"]}
     assert "dog/broken.png" in reasons

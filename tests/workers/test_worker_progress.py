@@ -107,6 +107,17 @@ def test_reports_reach_database_and_stream_at_a_bounded_rate(database: Database,
     assert sent[-1] == view
 
 
+def test_the_last_report_is_written_at_the_end(database: Database, redis: Redis, running: str) -> None:
+    progress = JobProgress(database, redis, running, 1, [("a", 1.0)], clock=Clock())
+    for i in range(3):  # all at one moment
+        progress(Progress("a", i + 1, 3))
+    progress.flush()
+    progress.flush()
+    assert [event.data["completed"] for event in events_of(redis, running)] == [1, 3]
+    with database.read() as session:
+        assert jobs.get_job(session, running).progress["completed"] == 3
+
+
 def test_notes_are_never_left_out_and_stay(database: Database, redis: Redis, running: str) -> None:
     clock = Clock()
     progress = JobProgress(database, redis, running, 1, [("a", 1.0)], clock=clock)
