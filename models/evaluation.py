@@ -307,6 +307,19 @@ def _seen_t1(model: Scorer, classes: ClassTable, rows: tuple[FloatArray, IntArra
     return mean_per_class_accuracy(seen[np.argmax(scores, axis=1)], labels, seen)
 
 
+def near_chance(t1: float, chance: float) -> list[str]:
+    """A warning where images of held-out seen classes are hardly better recognised than by guessing, else nothing.
+
+    Hardly: by a tenth of what there is to gain, and by less than twice.
+    """
+    if t1 >= min(chance + 0.1 * (1 - chance), 2 * chance):
+        return []
+    return [
+        f"On held-out seen classes T1 is {100 * t1:.1f} %, and guessing reaches {100 * chance:.1f} %: expect as little "
+        "on unseen classes. More seen classes or photos, another network or other knowledge may help."
+    ]
+
+
 def _rows(images: LabelledFeatures | None, classes: ClassTable, *, seen: bool) -> tuple[FloatArray, IntArray] | None:
     """Features and labels into `classes`; None where there are no images."""
     if images is None or len(images.labels) == 0:

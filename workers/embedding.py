@@ -22,6 +22,7 @@ from models.embedding.pipeline import (
     validation_classes,
 )
 from models.errors import TooFewSamples
+from models.evaluation import near_chance
 from models.knowledge.base import Resolution, require
 from models.params import FINETUNED_COST, BackboneParams, EmbeddingSetParams, PatchParams
 from service.core import repositories
@@ -108,7 +109,9 @@ def build_embedding_set(context: TaskContext) -> Publisher:
     files = tables.files | put_directory(context, directory)  # a fine-tuned network replaces the one it began as
     files[SPLITS_FILE] = context.store.put_bytes(splits_npz(inputs.rows, [*inputs.seen, *inputs.unseen]))
     classes = class_rows(inputs.row.id, result.embedder, lookup.resolutions[len(inputs.seen) :], knowledge_unseen)
-    return _publisher(inputs, tables, result, files, classes, lookup.warnings)
+    choice = result.choice
+    doubts = near_chance(choice.t1, choice.chance) if choice is not None and choice.t1 is not None else []
+    return _publisher(inputs, tables, result, files, classes, [*lookup.warnings, *doubts])
 
 
 def _fitted(

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from models.base import FloatArray, LabelledFeatures, OnProgress
 from models.catalog import get_method
 from models.data.splits import fold_count
-from models.evaluation import ClassTable, Report, evaluate
+from models.evaluation import ClassTable, Report, evaluate, near_chance
 from models.knowledge.tables import attribute_groups
 from models.params import Params, SearchParams
 from models.zero_shot.base import ZeroShotModel, create_classifier
@@ -142,6 +142,9 @@ def _metrics(model: ZeroShotModel, inputs: Inputs, tables: ImageTables, warnings
     """How the classifier came about."""
     warnings += [told] if (told := model.validation_.get("out_of_memory")) else []
     warnings += _unmeasured(inputs, tables)
+    if (t1 := model.validation_.get("t1")) is not None:
+        sizes = [len(held) for held in model.validation_["folds"] if len(held) > 1]
+        warnings += near_chance(t1, float(np.mean([1 / size for size in sizes])))
     return {
         "validation": model.validation_,
         "history": model.history_,

@@ -10,7 +10,7 @@ lucky draw of three classes moves T1 by tens of percent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,13 +75,18 @@ class CandidateScore:
 
 @dataclass(frozen=True)
 class RelationChoice:
-    """The chosen relation and why; `table` in order of preference (empty if nothing could be compared)."""
+    """The chosen relation and why; `table` in order of preference (empty if nothing could be compared).
+
+    t1: of the chosen one on held-out classes; chance: what guessing reaches there.
+    """
 
     relation: Relation
     params: RelationParams
     reason: str
     table: tuple[CandidateScore, ...]
     n_folds: int
+    t1: float | None = None
+    chance: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """For reports: the choice, its reason in a sentence, and every candidate, best first."""
@@ -153,7 +158,7 @@ def select_relation(
         for row, (known, asked) in enumerate(_vectors(options, embeddings, vectors, kept, held_out)):
             hits[row, held_out] += score(known, asked)
     times = np.bincount(np.concatenate(folds), minlength=n_classes)
-    return _choose(options, hits / times, len(folds))
+    return replace(_choose(options, hits / times, len(folds)), chance=len(folds) / int(times.sum()))
 
 
 def _vectors(
@@ -202,7 +207,7 @@ def _choose(options: Sequence[Candidate], per_class: Matrix, n_folds: int) -> Re
             f"chance over classes explains (standard error {100 * chosen.deficit_error:.1f} %), so this one stays "
             "preferred."
         )
-    return RelationChoice(chosen.candidate.relation, chosen.candidate.params, reason, table, n_folds)
+    return RelationChoice(chosen.candidate.relation, chosen.candidate.params, reason, table, n_folds, chosen.t1)
 
 
 PART_ROWS = 2048

@@ -24,6 +24,7 @@ from models.evaluation import (
     gzsl_report,
     harmonic_mean,
     mean_per_class_accuracy,
+    near_chance,
     per_class_accuracy,
     top_k,
     zsl_report,
@@ -284,3 +285,13 @@ def test_calibration_error_equals_plain_rewrite() -> None:
     # All right at full confidence: no error; all wrong: the whole of it.
     assert calibration_error(np.eye(3) * 100, np.arange(3), 1.0) == pytest.approx(0, abs=1e-6)
     assert calibration_error(np.eye(3) * 100, np.array([1, 2, 0]), 1.0) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("t1", "chance", "is_doubted"),
+    [(0.2, 0.2, True), (0.27, 0.2, True), (0.29, 0.2, False), (0.5, 0.5, True), (0.6, 0.5, False), (0.05, 0.02, False)],
+)
+def test_little_more_than_chance_is_warned_of(t1: float, chance: float, is_doubted: bool) -> None:
+    assert [warning.split(":")[0] for warning in near_chance(t1, chance)] == (
+        [f"On held-out seen classes T1 is {100 * t1:.1f} %, and guessing reaches {100 * chance:.1f} %"] * is_doubted
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import small_cnn
-from models.evaluation import Report, gzsl_report
+from models.evaluation import Report, gzsl_report, near_chance
 from models.params import ScratchParams
 from models.small_cnn import train_small_cnn
 from models.zero_shot import checkpoints
@@ -22,6 +22,7 @@ from service.core.tables import Classifier
 from service.schemas import ClassifierOut, JobOut, Page
 from tests.service.harness import LiveApi, checked, problem
 from tests.service.tasks import finish, knowledge, trained_classifier
+from workers.embedding import build_embedding_set
 from workers.runner import TaskFunction
 from workers.training import train_classifier
 
@@ -239,6 +240,25 @@ def test_what_cannot_be_measured_is_warned_of(
     assert [told.split(" Add")[0] for told in metrics["warnings"]] == ([warning] if warning else [])
     unasked = trained_classifier(live_api, dataset_id=dataset_id, knowledge_id=source, evaluate=False)["metrics"]
     assert unasked["warnings"] == []
+
+
+def test_a_verdict_of_validation_near_chance_is_a_warning(live_api: LiveApi) -> None:
+    body = body_on(live_api, method="eszsl", validation_classes=VALIDATION, params={"folds": 1})  # of noise
+    body["dataset_id"] = live_api.filled_dataset({f"kind {i}": 6 for i in range(6)})
+    job = checked(create(live_api, body), JobOut, 202)
+    assert finish(live_api, job["id"], TASKS)["status"] == "succeeded"
+    metrics = checked(live_api.client.get(job["resource"]["href"]), ClassifierOut)["metrics"]
+    assert metrics["warnings"] == near_chance(metrics["validation"]["t1"], 0.5) != []
+
+    params = {"backbone": SMALL, "patches": {"method": "whole", "size": 32}}
+    request = {key: body[key] for key in ("dataset_id", "knowledge_id", "unseen_classes")}
+    job = live_api.client.post("/v1/embedding-sets", json={**request, "method": "backbone", "params": params}).json()
+    ended = finish(live_api, job["id"], {"build_embedding_set": build_embedding_set})
+    assert ended["status"] == "succeeded", ended["error"]
+    summary = live_api.client.get(job["resource"]["href"]).json()["summary"]
+    (warning,) = summary["warnings"]
+    assert warning.startswith("On held-out seen classes T1 is")
+    assert ended["result"]["n_warnings"] == 1
 
 
 def test_a_small_device_gets_smaller_batches_and_the_job_says_so(

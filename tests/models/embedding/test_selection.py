@@ -142,6 +142,13 @@ def test_all_default_candidates_run_and_differ() -> None:
     assert len(choice.table) == len(options)
 
 
+def test_what_guessing_reaches_is_told_beside_what_was_reached() -> None:
+    choice = select_relation(*problem(n_classes=5), candidates=[SAME_FOR_ALL])
+    sizes = [len(fold) for fold in draw_folds(5)]
+    assert choice.chance == pytest.approx(len(sizes) / sum(sizes))
+    assert choice.t1 == choice.table[0].t1
+
+
 def test_too_few_classes_keep_the_defaults_and_say_why() -> None:
     defaults = RelationParams(alpha=-1, ridge=0.3)
     choice = select_relation(*problem(n_classes=3), defaults=defaults)
