@@ -18,6 +18,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
+MAX_LISTED = 50  # more than there are methods of a kind; networks are more
+
 
 class ModelError(Exception):
     """Base of every error that `models` raises on purpose."""
@@ -40,7 +42,7 @@ class UnknownName(InvalidInput):
     def __init__(self, kind: str, name: str, valid: Iterable[str], *, field: str | None = None) -> None:
         self.valid = sorted(valid)
         self.nearest = nearest_names(name, self.valid)
-        hint = f"Did you mean {_join(self.nearest)}?" if self.nearest else f"Valid: {_join(self.valid[:20])}."
+        hint = f"Did you mean {_join(self.nearest)}?" if self.nearest else f"Valid: {_some(self.valid)}."
         super().__init__(f"Unknown {kind} {name!r}. {hint}", field=field)
 
 
@@ -105,3 +107,8 @@ def nearest_names(name: str, valid: Sequence[str], n: int = 3) -> list[str]:
 
 def _join(names: Sequence[str]) -> str:
     return ", ".join(repr(n) for n in names)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return _join(names[:MAX_LISTED]) + more
