@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from service.core.settings import Settings
+from service.core.settings import OTHER_VARIABLES, Settings
 
 HEAD = """# Configuration
 
@@ -14,6 +14,12 @@ Every setting is an environment variable. Sizes are in bytes, durations in secon
 | variable | default | meaning |
 |---|---|---|
 """
+OTHERS = """
+Variables that are no settings of the service:
+
+| variable | meaning |
+|---|---|
+"""
 
 
 def markdown() -> str:
@@ -22,7 +28,8 @@ def markdown() -> str:
     for name, field in Settings.model_fields.items():
         default = "" if field.default in ("", None) else f"`{field.default}`"
         rows.append(f"| `UNSEEN_{name.upper()}` | {default} | {field.description} |\n")
-    return HEAD + "".join(rows)
+    others = [f"| `{name}` | {meaning} |\n" for name, meaning in OTHER_VARIABLES.items()]
+    return HEAD + "".join(rows) + OTHERS + "".join(others)
 
 
 if __name__ == "__main__":

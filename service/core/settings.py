@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MAX_SOCKET_PATH = 100  # Linux allows 108 bytes with the final zero; some systems 104
-_NO_SETTINGS = {"UNSEEN_URL", "UNSEEN_API_KEY", "UNSEEN_KEY", "UNSEEN_WEIGHTS"}
-"""Variables of clients, of the pages' examples and of docker-compose.yml."""
+OTHER_VARIABLES = {
+    "UNSEEN_URL": "Address of the service that the Python client and the command line use (`http://127.0.0.1:8000`).",
+    "UNSEEN_API_KEY": "API key that the Python client and the command line send.",
+    "UNSEEN_WEIGHTS": "`docker-compose.yml`: folder of this machine that is the containers' `UNSEEN_WEIGHTS_DIR`.",
+}
+"""Variables that are no settings of the service: what reads each, and for what."""
 
 
 class Settings(BaseSettings):
@@ -105,6 +111,15 @@ class Settings(BaseSettings):
     )
     idempotency_ttl_s: float = Field(86_400.0, gt=0, description="How long an Idempotency-Key is remembered.")
 
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise PydanticCustomError(
+                "device", "'{given}' is no device; use auto, cpu, cuda or cuda:N", {"given": device}
+            )
+        return device
+
     @cached_property
     def resolved_database_url(self) -> str:
         """The database URL with the default filled in."""
@@ -164,7 +179,7 @@ class Settings(BaseSettings):
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
     """Each `UNSEEN_…` variable that sets nothing, with the setting that may be meant: most are misspelt."""
-    known = [f"UNSEEN_{name.upper()}" for name in Settings.model_fields]
+    known = [*(f"UNSEEN_{name.upper()}" for name in Settings.model_fields), *OTHER_VARIABLES]
     for name in sorted(environment):
-        if name.startswith("UNSEEN_") and not name.startswith("UNSEEN_TEST_") and name not in {*known, *_NO_SETTINGS}:
+        if name.startswith("UNSEEN_") and not name.startswith("UNSEEN_TEST_") and name not in known:
             yield name, next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)

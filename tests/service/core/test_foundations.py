@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from pydantic import ValidationError
 from sqlalchemy import event, literal_column, select
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -141,6 +142,17 @@ def test_settings_travel_by_environment(tmp_path: Path, monkeypatch: pytest.Monk
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Settings() == settings
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_devices_are_those_that_workers_know(device: str) -> None:
+    assert Settings(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "CPU", "cpu,cuda"])
+def test_other_devices_are_refused_at_once(device: str) -> None:
+    with pytest.raises(ValidationError, match=f"'{device}' is no device; use auto, cpu, cuda or cuda:N"):
+        Settings(device=device)
 
 
 def test_sockets_of_a_deep_data_directory_lie_in_a_private_short_one(tmp_path: Path) -> None:
