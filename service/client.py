@@ -67,6 +67,7 @@ class ClassEmbeddings(NamedTuple):
 class Client(Connection):
     """A connection to one service; use it as a context manager, or `close` it.
 
+    `base_url`, `api_key`: by default `UNSEEN_URL` and `UNSEEN_API_KEY` of the environment; an empty key: none.
     `timeout`: seconds one answer may take. `retries`: how often a request is sent again after a broken connection,
     429 or 503; that is safe, as each POST carries an Idempotency-Key. `transport`: for tests.
     """
@@ -285,12 +286,32 @@ class Client(Connection):
         top_k: int = 5,
         gamma: float | None = None,
         explain: bool = False,
+        min_score: float | None = None,
+        timeout_s: float | None = None,
     ) -> Json:
-        """{classifier_id, scope, gamma, data}: predictions for each image in order; default: the newest classifier."""
+        """{classifier_id, scope, gamma, data}: predictions for each image in order; default: the newest classifier.
+
+        `min_score`: `abstained` is true where the best is lower. `timeout_s`: a later answer is of no use (504).
+        """
         names = class_names and list(class_names)
         params = _given(classifier_id=classifier_id, scope=scope, class_names=names, top_k=top_k, gamma=gamma)
-        params["explain"] = str(explain).lower()
+        params |= _given(explain=str(explain).lower(), min_score=min_score, timeout_s=timeout_s)
         return self._of_images("/v1/classify", images, params, pinned="classifier_id")
+
+    def infer(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        classifier_id: str | None = None,
+        class_names: Sequence[str] | None = None,
+        tau: float = 0.0,
+        top_k: int = 10,
+        timeout_s: float | None = None,
+    ) -> Json:
+        """{classifier_id, tau, data}: known classes that each image is like, and unlike; default: the newest PSR."""
+        names = class_names and list(class_names)
+        params = _given(classifier_id=classifier_id, class_names=names, tau=tau, top_k=top_k, timeout_s=timeout_s)
+        return self._of_images("/v1/infer", images, params, pinned="classifier_id")
 
     def create_predictions(self, dataset_id: str, **fields: Any) -> Json:
         """Classifies all images of a dataset, however many: the job.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -28,14 +29,16 @@ class Connection:
 
     def __init__(
         self,
-        base_url: str = DEFAULT_URL,
+        base_url: str | None = None,
         api_key: str | None = None,
         *,
         timeout: float = 120.0,
         retries: int = 4,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = Transport(base_url, api_key, timeout, retries, transport)
+        address = base_url or os.environ.get("UNSEEN_URL") or DEFAULT_URL
+        key = os.environ.get("UNSEEN_API_KEY") if api_key is None else api_key
+        self._http = Transport(address, key, timeout, retries, transport)
 
     @property
     def base_url(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.data.folders import scan_folder
+from models.errors import InvalidInput
 from service.client_http import Form, Json, UnseenError
 
 BATCH_BYTES = 16 * 2**20
@@ -55,9 +56,12 @@ def read_folder(
     """The labelled images of a folder (one folder a class; splits.json heeded), and the report to fill.
 
     `classes`: only these (None: all). Images of `test_classes` without a split of their own become test rows.
-    InvalidInput for a folder without images.
+    UnseenError for a folder without images.
     """
-    scan = scan_folder(folder)
+    try:
+        scan = scan_folder(folder)
+    except InvalidInput as error:
+        raise UnseenError(str(error)) from error
     held_out = set(test_classes)
     wanted = set(classes) if classes is not None else set(scan.class_names)
     images = [

@@ -63,6 +63,12 @@ def test_a_second_upload_of_a_folder_adds_nothing(client: Client, folder: Path) 
     assert client.get(dataset_id)["n_images"] == 9
 
 
+def test_a_folder_without_images_is_an_error_of_the_client(client: Client, tmp_path: Path) -> None:
+    for folder, reason in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "holds no files in class folders")):
+        with pytest.raises(UnseenError, match=reason):
+            client.upload_folder("ds_1", folder)
+
+
 def test_images_as_paths_bytes_and_named_bytes(client: Client, tmp_path: Path) -> None:
     path = tmp_path / 'a "quoted" näme.png'
     path.write_bytes(png(1))

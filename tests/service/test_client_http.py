@@ -89,6 +89,21 @@ def test_the_key_is_sent_as_bearer() -> None:
     assert heard == ["Bearer secret"]
 
 
+def test_address_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSEEN_URL", "http://10.0.0.7:9000/")
+    monkeypatch.setenv("UNSEEN_API_KEY", "from-the-environment")
+
+    def sent(client: Client) -> tuple[str, str | None]:
+        with client:
+            return client.base_url, client._http._client.headers.get("authorization")
+
+    assert sent(Client()) == ("http://10.0.0.7:9000", "Bearer from-the-environment")
+    assert sent(Client("http://127.0.0.1:8000", "mine")) == ("http://127.0.0.1:8000", "Bearer mine")
+    assert sent(Client(api_key=""))[1] is None
+    monkeypatch.delenv("UNSEEN_URL")
+    assert sent(Client())[0] == "http://127.0.0.1:8000"
+
+
 # ---- uploads ----------------------------------------------------------------------------------------
 
 
@@ -126,3 +141,20 @@ def test_classify_numbers_images_over_batches_of_one_classifier() -> None:
     assert [row["index"] for row in answer["data"]] == list(range(40))
     assert answer["classifier_id"] == "cl_1"
     assert asked == [None, "cl_1"]
+
+
+def test_options_of_classify_and_infer_are_sent() -> None:
+    asked: list[tuple[str, dict[str, str]]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        request.read()
+        asked.append((request.url.path, dict(request.url.params)))
+        return httpx.Response(200, json={"classifier_id": "cl_1", "data": [{"index": 0}]})
+
+    with answering(handler) as client:
+        client.classify(png(0), min_score=0.5, timeout_s=2)
+        client.infer(png(0), class_names=["cat"], tau=0.2, timeout_s=2)
+    (classify, sent), (infer, sent_to_infer) = asked
+    assert (classify, sent["min_score"], sent["timeout_s"]) == ("/v1/classify", "0.5", "2")
+    assert infer == "/v1/infer"
+    assert sent_to_infer == {"class_names": "cat", "tau": "0.2", "top_k": "10", "timeout_s": "2"}
