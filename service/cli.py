@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,15 +16,17 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.markup import escape
 
 from models.errors import ModelError
 from service import cli_embed
-from service.cli_output import error_console, print_error, print_warning
-from service.client import UnseenError
+from service.cli_output import EXTRA, error_console, print_error, print_warning
+from service.client import ApiError, Client, UnseenError
 from service.core.errors import ServiceError
 from service.core.settings import Settings, unknown_variables
 from service.local import is_port_free
 
+STARTING_S = 600.0
 app = typer.Typer(
     name="unseen",
     help="Class embeddings, and zero-shot classification, for classes you have no pictures of.",
@@ -32,7 +36,24 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(cli_embed.embed)
+app.command()(cli_embed.train)
 app.command()(cli_embed.classify)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
+
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on; others than loopback need API keys.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")]
@@ -61,11 +82,8 @@ def serve(
     check_listening(settings)
     require_torch()
     configure_logging(settings.log_level)
-    error_console.print(
-        f"Unseen listens on [bold]http://{settings.host}:{settings.port}[/] (docs: /docs), "
-        f"keeps its data in {settings.data_dir.resolve()}. Ctrl-C stops it.",
-        soft_wrap=True,
-    )
+    error_console.print(f"Starting Unseen on {settings.data_dir.resolve()}. Ctrl-C stops it.", soft_wrap=True)
+    threading.Thread(target=announce, args=(settings,), daemon=True).start()
     raise typer.Exit(Supervisor(settings).run())
 
 
@@ -212,10 +230,21 @@ def check_listening(settings: Settings) -> None:
         )
 
 
+def announce(settings: Settings) -> None:
+    """Says where the service listens as soon as every part of it works."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{settings.port}"
+    with Client(address, api_key="") as client, suppress(UnseenError):
+        client.wait_until_ready(timeout=STARTING_S)
+        error_console.print(f"Unseen is ready at {escape(address)} (docs: /docs).", soft_wrap=True)
+
+
 def require_torch() -> None:
     """UnseenError with advice where the packages for computing are not installed."""
     if find_spec("torch") is None:
-        raise UnseenError("Workers need torch, which is not installed here. Run: pip install 'unseen[torch]'")
+        raise UnseenError(
+            f"Workers need torch, which is not installed here. In a checkout run: {EXTRA.format('torch')}"
+        )
 
 
 def run_module(module: str, settings: Settings) -> None:
@@ -238,6 +267,9 @@ def main() -> None:
             print_error(f"The setting UNSEEN_{name.upper()}: {entry['msg']}.")
     except ServiceError as error:
         print_error(error.detail)
+    except ApiError as error:
+        advice = "\n  Give a key with --api-key, or in UNSEEN_API_KEY." if error.status == 401 else ""
+        print_error(f"{error}{advice}")
     except (UnseenError, ModelError) as error:
         print_error(str(error))
     except BrokenPipeError:

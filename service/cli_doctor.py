@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.auth import Authenticator
-from service.cli_output import console
+from service.cli_output import EXTRA, console
 from service.client import Client, UnseenError
 from service.core.embedded import server_binary
 from service.core.errors import ServiceError
@@ -90,7 +90,7 @@ def torch(_settings: Settings) -> Finding:
     """torch and torchvision, which workers need and the API does not."""
     missing = [name for name in ("torch", "torchvision") if find_spec(name) is None]
     if missing:
-        advice = "pip install 'unseen[torch]' (not needed where only 'unseen api' or the client runs)"
+        advice = f"{EXTRA.format('torch')} (not needed where only 'unseen api' or the client runs)"
         return Finding("torch", "failure", f"{' and '.join(missing)} not installed", advice)
     return Finding("torch", "ok", f"torch {metadata.version('torch')}, torchvision {metadata.version('torchvision')}")
 
@@ -170,7 +170,8 @@ def database(settings: Settings) -> Finding:
         engine.dispose()
     except Exception as error:  # drivers that are missing and servers that are away raise what they like
         advice = (
-            "Check UNSEEN_DATABASE_URL, that the server runs, and that its driver is installed ('unseen[postgres]')."
+            "Check UNSEEN_DATABASE_URL, that the server runs, and that its driver is installed: "
+            f"{EXTRA.format('postgres')}"
         )
         return Finding("database", "failure", f"{redact(url)}: {type(error).__name__}", advice)
     return Finding("database", "ok", redact(url))
@@ -213,7 +214,7 @@ def port(settings: Settings) -> Finding:
     if is_port_free(settings.host, settings.port):
         return Finding("port", "ok", f"{where} is free")
     try:
-        with Client(f"http://{settings.host}:{settings.port}", timeout=3, retries=0) as client:
+        with Client(f"http://{settings.host}:{settings.port}", api_key="", timeout=3, retries=0) as client:
             version = client.version()["version"]
             state = client.ready()
     except (UnseenError, KeyError):

@@ -1,4 +1,4 @@
-"""`unseen embed` and `unseen classify`: the client's work from the command line."""
+"""`unseen embed`, `train` and `classify`: the client's work from the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,11 +14,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from service.cli_output import console, print_error, readable, show_contributions, show_embedding_set
+from models.errors import UnknownName
+from service import steps
+from service.cli_output import (
+    console,
+    print_error,
+    readable,
+    show_classifier,
+    show_contributions,
+    show_embedding_set,
+)
 from service.client import Client, UnseenError
 from service.client_base import DEFAULT_URL
 from service.client_http import Json
-from service.steps import EmbedOptions, Network, add_knowledge, build, private_service, upload
+from service.client_uploads import read_folder
+from service.steps import EmbedOptions, Network, private_service
 
 Url = Annotated[str, typer.Option(envvar="UNSEEN_URL", help="Address of the service.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="UNSEEN_API_KEY", help="Key, if the service asks for one.")]
@@ -60,14 +71,20 @@ def embed(
         raise typer.BadParameter(f"There is no folder {output.resolve().parent} to write to.")
     network = Network(backbone, weights)
     params = parse_settings(set_ or [], _base_params(network, clusters, patch_size, seed))
+    if data_dir is not None and not local:
+        raise typer.BadParameter("--data-dir belongs to --local; a running service has its own.")
+    _check_weights(network, local)
+    if knowledge is not None:
+        steps.check_knowledge(knowledge)
+    classes = _classes(folder, names_of(unseen), names_of(seen))
+    if classes.validation is not None:
+        params.setdefault("validation_classes", classes.validation)
+    options = EmbedOptions(classes.unseen, classes.seen, name, method, relation, params)
     with _connected(local, data_dir, network, url, api_key) as client:
-        dataset_id, split = _dataset(client, folder, names_of(unseen), names_of(seen))
-        if split.validation is not None and "validation_classes" not in params:
-            params["validation_classes"] = split.validation
         source = text_encoder or knowledge or ""
-        knowledge_id = add_knowledge(client, source, kind=kind, is_encoder=text_encoder is not None)
-        options = EmbedOptions(split.unseen, names_of(seen) or split.seen, name, method, relation, params)
-        row = build(client, dataset_id, knowledge_id, options)
+        knowledge_id = steps.add_knowledge(client, source, kind=kind, is_encoder=text_encoder is not None)
+        dataset_id = folder if _is_dataset(folder) else _upload(client, Path(folder), knowledge_id, options)
+        row = steps.build(client, dataset_id, knowledge_id, options)
         console.print()
         show_embedding_set(row)
         if row["n_unseen"]:
@@ -75,6 +92,43 @@ def embed(
             show_contributions([c for c in client.classes(row["id"]) if not c["seen"]])
         client.export(row["id"], output)
     console.print(f"\nWrote {row['n_seen'] + row['n_unseen']} vectors to [bold]{escape(str(output))}[/].")
+    if not local:
+        console.print(f"A classifier on them: [bold]unseen train {row['id']}[/]", soft_wrap=True)
+
+
+def train(
+    embedding_set: Annotated[str | None, typer.Argument(help="Id (es_…); default: the newest that is ready.")] = None,
+    method: Annotated[str, typer.Option(help="sje, eszsl, …; docs/methods.md has them all.")] = "sje",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any parameter of the method: epochs=20")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=16, help="Pixels a side that photos are resized to; default: the patches'.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    name: Annotated[str | None, typer.Option(help="What to call it.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Trains a classifier on class embeddings and their photos, and measures it on photos kept for that."""
+    request: Json = {"method": method, "params": parse_settings(set_ or [], {}), "seed": seed}
+    request |= {key: value for key, value in (("name", name), ("image_size", image_size)) if value is not None}
+    with Client(url, api_key) as client:
+        row = client.embedding_set(embedding_set) if embedding_set else _newest_set(client)
+        classifier = steps.train(client, "Classifier", row["dataset_id"], embedding_set_id=row["id"], **request)
+    console.print()
+    show_classifier(classifier)
+    console.print(
+        f"\nWhat do photos show? [bold]unseen classify PHOTO … --classifier {classifier['id']}[/]", soft_wrap=True
+    )
+
+
+def _newest_set(client: Client) -> Json:
+    """The newest embedding set that is ready."""
+    for row in client.list_all("embedding-sets"):
+        if row["status"] == "ready":
+            return row
+    raise UnseenError("There are no class embeddings to train on yet. Make some with 'unseen embed'.")
 
 
 def classify(
@@ -83,14 +137,23 @@ def classify(
     scope: Annotated[Literal["unseen", "seen", "all"], typer.Option(help="Which classes compete.")] = "all",
     names: Annotated[str, typer.Option(help="Only these classes compete, separated by commas; new ones too.")] = "",
     top_k: Annotated[int, typer.Option(min=1, help="Labels shown for each photo.")] = 3,
+    min_score: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Mark photos whose best score is lower as abstained.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the service's answer as it is.")] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Tells what photos show, classes without training photos included."""
     with Client(url, api_key) as client:
-        wanted = names_of(names) or None
-        answer = client.classify(images, classifier_id=classifier, scope=scope, class_names=wanted, top_k=top_k)
+        answer = client.classify(
+            images,
+            classifier_id=classifier,
+            scope=scope,
+            class_names=names_of(names) or None,
+            top_k=top_k,
+            min_score=min_score,
+        )
     if as_json:
         console.print_json(data=answer)
     else:
@@ -109,35 +172,70 @@ def _show_predictions(images: Sequence[Path], rows: Sequence[Json]) -> None:
         if row["error"]:
             table.add_row(escape(str(path)), f"[red]{escape(row['error'])}[/]")
         for place, found in enumerate(row["predictions"]):
-            label, note = escape(readable(found["label"])), "" if found["seen"] else "[dim]unseen[/]"
-            table.add_row("" if place else escape(str(path)), label, f"{found['score']:.3f}", note)
+            notes = ["abstained"] if row["abstained"] and not place else []
+            notes += [] if found["seen"] else ["unseen"]
+            label = escape(readable(found["label"]))
+            table.add_row(
+                "" if place else escape(str(path)), label, f"{found['score']:.3f}", f"[dim]{', '.join(notes)}[/]"
+            )
     console.print(table)
 
 
-class _Split:
+@dataclass(frozen=True)
+class _Classes:
     """The classes of a run: as asked for, else as the folder's splits.json says."""
 
-    def __init__(self, unseen: list[str], seen: list[str] | None = None, validation: list[str] | None = None) -> None:
-        self.unseen, self.seen, self.validation = unseen, seen, validation
+    unseen: list[str]
+    seen: list[str] | None = None
+    validation: list[str] | None = None
 
 
-def _dataset(client: Client, source: str, unseen: list[str], seen: list[str]) -> tuple[str, _Split]:
-    """The id of the dataset, uploaded unless it is there, and the classes that its splits.json names."""
-    if source.startswith("ds_") and not Path(source).exists():
-        return str(client.get(source)["id"]), _Split(unseen)
-    dataset, report = upload(client, Path(source), classes=[*seen, *unseen] if seen else None, test_classes=unseen)
-    if unseen or seen or report.unseen_classes is None:
-        return str(dataset["id"]), _Split(unseen)
-    listed = list(report.seen_classes) if report.seen_classes is not None else None
-    validation = list(report.validation_classes) if report.validation_classes else None
-    return str(dataset["id"]), _Split(list(report.unseen_classes), listed, validation)
+def _is_dataset(source: str) -> bool:
+    return source.startswith("ds_") and not Path(source).exists()
+
+
+def _classes(source: str, unseen: list[str], seen: list[str]) -> _Classes:
+    """The classes asked for, else the folder's; UnseenError for a folder without photos, or without some of `seen`."""
+    if _is_dataset(source):
+        return _Classes(unseen, seen or None)
+    _, found = read_folder(Path(source))
+    for name in seen:
+        if name not in found.class_names:
+            raise UnseenError(f"{source}: {UnknownName('class', name, found.class_names)}")
+    if unseen or seen or found.unseen_classes is None:
+        return _Classes(unseen, seen or None)
+    return _Classes(
+        list(found.unseen_classes),
+        list(found.seen_classes) if found.seen_classes is not None else None,
+        list(found.validation_classes) if found.validation_classes else None,
+    )
+
+
+def _check_weights(network: Network, local: bool) -> None:
+    """UnseenError for a file of weights that no service can find; what a running one has, it knows itself."""
+    weights = network.weights or "imagenet"
+    is_named = weights in ("imagenet", "scratch", "random") or network.weights_dir is not None
+    if not is_named and (local or "/" in weights):
+        raise UnseenError(f"There is no file {weights}. Give one, or imagenet, scratch or random, with --weights.")
+
+
+def _upload(client: Client, folder: Path, knowledge_id: str, options: EmbedOptions) -> str:
+    """The id of a dataset with the folder's photos, once the service has found nothing else wrong."""
+    dataset_id = str(steps.new_dataset(client, folder)["id"])
+    try:
+        steps.check_options(client, dataset_id, knowledge_id, options)
+    except UnseenError:
+        client.delete(dataset_id)
+        raise
+    wanted = [*options.seen, *options.unseen] if options.seen else None
+    steps.fill(client, dataset_id, folder, classes=wanted, test_classes=options.unseen)
+    console.print(f"Dataset {dataset_id} (again, without sending photos: unseen embed {dataset_id} …)", soft_wrap=True)
+    return dataset_id
 
 
 @contextmanager
 def _connected(local: bool, data_dir: Path | None, network: Network, url: str, api_key: str | None) -> Iterator[Client]:
     if not local:
-        if data_dir is not None:
-            raise typer.BadParameter("--data-dir belongs to --local; a running service has its own.")
         with Client(url, api_key) as client:
             yield client
         return

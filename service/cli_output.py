@@ -16,6 +16,8 @@ from service.client import Client
 from service.client_http import Json
 
 LONG_NAME = 30
+EXTRA = ".venv/bin/pip install -e '.[{}]' -c constraints.txt"
+"""How a checkout gets an extra of pyproject.toml."""
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 
@@ -194,6 +196,21 @@ def show_embedding_set(row: Json) -> None:
     console.print(table)
     for entry in (summary.get("skipped_images") or [])[:5]:
         console.print(f"  [yellow]skipped[/] {escape(entry['filename'])}: {escape(entry['reason'])}")
+
+
+def show_classifier(row: Json) -> None:
+    """Method, and the accuracies measured on test photos."""
+    zsl, gzsl = row["metrics"].get("zsl") or {}, row["metrics"].get("gzsl") or {}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    named = f"{row['name']} ({row['id']})" if row["name"] != row["id"] else row["id"]
+    table.add_row("classifier", escape(named))
+    table.add_row("method", escape(row["method"]))
+    table.add_row("T1", f"{share(zsl.get('t1'))} (unseen photos among the unseen classes)")
+    parts = ", ".join(f"{part.upper()} {share(gzsl.get(part))}" for part in ("u", "s", "h"))
+    table.add_row("among all", f"{parts} (unseen photos, seen photos, harmonic mean)")
+    console.print(table)
 
 
 def made_of(summary: Json) -> str:

@@ -51,11 +51,22 @@ class EmbedOptions:
     relation: str = "auto"
     params: Json = field(default_factory=dict)
 
+    def request(self) -> dict[str, Any]:
+        """The fields of `Client.create_embedding_set`."""
+        fields: dict[str, Any] = {
+            "unseen_classes": list(self.unseen),
+            "seen_classes": self.seen,
+            "method": self.method,
+            "relation": self.relation,
+            "params": self.params,
+        }
+        return fields | ({"name": self.name} if self.name else {})
+
 
 @contextmanager
 def private_service(data_dir: Path, weights_dir: Path | None = None) -> Iterator[tuple[LocalService, Client]]:
     """A service of our own, ready, and its client; stopped at the end."""
-    with LocalService(data_dir, weights_dir=weights_dir) as service, Client(service.url) as client:
+    with LocalService(data_dir, weights_dir=weights_dir) as service, Client(service.url, api_key="") as client:
         with console.status("Starting the service …"):
             service.wait_until_ready(client)
         yield service, client
@@ -65,43 +76,61 @@ def upload(
     client: Client, folder: Path, *, classes: Sequence[str] | None = None, test_classes: Sequence[str] = ()
 ) -> tuple[Json, FolderUpload]:
     """A new dataset with the folder's images (of `classes`, if given), and what became of them."""
-    dataset = client.create_dataset(folder.resolve().name[:200] or "images")
+    dataset = new_dataset(client, folder)
+    return dataset, fill(client, dataset["id"], folder, classes=classes, test_classes=test_classes)
+
+
+def new_dataset(client: Client, folder: Path) -> Json:
+    """An empty dataset named like the folder."""
+    return client.create_dataset(folder.resolve().name[:200] or "images")
+
+
+def fill(
+    client: Client,
+    dataset_id: str,
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    test_classes: Sequence[str] = (),
+) -> FolderUpload:
+    """Uploads the folder's images (of `classes`, if given), and says which were not taken."""
     with upload_bar("Upload") as advance:
         report = client.upload_folder(
-            dataset["id"], folder, classes=classes, test_classes=test_classes, on_progress=advance
+            dataset_id, folder, classes=classes, test_classes=test_classes, on_progress=advance
         )
     print_rejected(report.rejected)
-    return dataset, report
+    return report
+
+
+def check_knowledge(source: str) -> None:
+    """UnseenError unless `source` is a file, or else the id of a knowledge source."""
+    if not Path(source).is_file() and not source.startswith("kn_"):
+        raise UnseenError(f"There is no file {source}. Give a file of vectors, or the id of a knowledge source (kn_…).")
 
 
 def add_knowledge(client: Client, source: str, *, kind: str | None = None, is_encoder: bool = False) -> str:
     """The id of the knowledge in a file or text encoder, added and read; an id (kn_…) is returned as it is."""
     if is_encoder:
         job = client.add_knowledge(source, model=source)
-    elif source.startswith("kn_") and not Path(source).exists():
-        return source
-    elif not Path(source).is_file():
-        raise UnseenError(f"There is no file {source}. Give a file of vectors, or the id of a knowledge source (kn_…).")
     else:
+        check_knowledge(source)
+        if not Path(source).is_file():
+            return source
         job = client.add_knowledge(Path(source).name[:200], file=source, kind=kind)
     return str(follow(client, job, "Knowledge")["resource"]["id"])
 
 
+def check_options(client: Client, dataset_id: str, knowledge_id: str, options: EmbedOptions) -> None:
+    """UnseenError for what is wrong with method, relation, network and weights, before the dataset holds any image."""
+    cost = client.create_embedding_set(dataset_id, knowledge_id, validate_only=True, **options.request())
+    _refuse([p for p in cost["problems"] if not p["pointer"].endswith("_classes")])
+
+
 def build(client: Client, dataset_id: str, knowledge_id: str, options: EmbedOptions) -> Json:
     """An embedding set, built: its row. UnseenError lists everything that is wrong with the request."""
-    request: dict[str, Any] = {
-        "unseen_classes": list(options.unseen),
-        "seen_classes": options.seen,
-        "method": options.method,
-        "relation": options.relation,
-        "params": options.params,
-    }
-    if options.name:
-        request["name"] = options.name
+    request = options.request()
     cost = client.create_embedding_set(dataset_id, knowledge_id, validate_only=True, **request)
-    if not cost["valid"]:
-        problems = "\n  ".join(f"{p['pointer']}: {p['message']}" for p in cost["problems"][:20])
-        raise UnseenError(f"The request cannot be fulfilled:\n  {problems}")
+    _refuse(cost["problems"])
     for warning in cost["warnings"][:20]:
         console.print(f"[yellow]{escape(warning['message'])}[/]", soft_wrap=True)
     if cost["seconds"]:
@@ -115,3 +144,9 @@ def train(client: Client, title: str, dataset_id: str, **request: Any) -> Json:
     """A classifier, trained and evaluated: its row."""
     job = client.create_classifier(dataset_id, **request)
     return client.classifier(follow(client, job, title)["resource"]["id"])
+
+
+def _refuse(problems: Sequence[Json]) -> None:
+    if problems:
+        lines = "\n  ".join(f"{p['pointer']}: {p['message']}" for p in problems[:20])
+        raise UnseenError(f"The request cannot be fulfilled:\n  {lines}")

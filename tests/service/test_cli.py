@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -95,7 +96,7 @@ def drawing(name: str, rng: np.random.Generator) -> bytes:
 
 def test_help_names_every_command(runner: CliRunner) -> None:
     shown = runner.invoke(app, ["--help"]).output
-    wanted = "serve api worker inference embed classify doctor demo bench openapi version"
+    wanted = "serve api worker inference embed train classify doctor demo bench openapi version"
     assert all(f"  {name} " in shown for name in wanted.split())
 
 
@@ -164,6 +165,9 @@ def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch) 
     read_settings()
     assert "UNSEEN_THREAD sets nothing; did you mean UNSEEN_THREADS?" in errors.getvalue()
     assert "UNSEEN_COLOUR sets nothing; docs/configuration.md" in errors.getvalue()
+    monkeypatch.setenv("UNSEEN_KEY", "secret")
+    read_settings()
+    assert "UNSEEN_KEY sets nothing; did you mean UNSEEN_API_KEY?" in errors.getvalue()
 
 
 def test_a_private_service_takes_nothing_of_anothers() -> None:
@@ -200,7 +204,8 @@ def test_openapi_goes_to_a_file_and_is_compared(runner: CliRunner, tmp_path: Pat
 
 
 def test_version_is_printed(runner: CliRunner) -> None:
-    assert runner.invoke(app, ["version"]).output.strip()
+    shown = [runner.invoke(app, [word]).output.strip() for word in ("version", "--version")]
+    assert shown[0] == shown[1] != ""
 
 
 # ---- doctor ----------------------------------------------------------------------------------------
@@ -359,7 +364,7 @@ def test_demo_from_photos_to_predictions(service: LocalService, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_embed_and_classify_against_a_service(service: LocalService, tmp_path: Path) -> None:
+def test_embed_train_and_classify_against_a_service(service: LocalService, tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "photos")
     out = tmp_path / "out.npz"
     options = ["--knowledge", str(folder / "knowledge" / "attributes.npz"), "--weights", "scratch", "--clusters", "8"]
@@ -367,8 +372,17 @@ def test_embed_and_classify_against_a_service(service: LocalService, tmp_path: P
     answer = unseen("embed", str(folder), *options, *small, "--url", service.url, "-o", str(out))
     assert answer.returncode == 0, answer.stderr + answer.stdout
     assert "Wrote 7 vectors" in answer.stdout
+    assert "without sending photos: unseen embed ds_" in answer.stdout
     with np.load(out, allow_pickle=False) as stored:
         assert len(stored["class_names"]) == 7
+    answer = unseen("train", "--set", "epochs=5", "--url", service.url)
+    assert answer.returncode == 0, answer.stderr + answer.stdout
+    assert "unseen photos among the unseen classes" in answer.stdout
+    classifier = re.findall(r"cl_\w+", answer.stdout)[-1]
+    photo = str(folder / "images" / "stripes_blue" / "0.png")
+    answer = unseen("classify", photo, "--classifier", classifier, "--scope", "unseen", "--url", service.url)
+    assert answer.returncode == 0, answer.stderr + answer.stdout
+    assert "stripes blue" in answer.stdout
     answer = unseen("embed", str(folder), *options, "--unseen", "stripes_pink", "--url", service.url, "-o", str(out))
     assert answer.returncode == 1
     assert "stripes_pink" in answer.stderr
@@ -379,6 +393,8 @@ def test_serve_stops_on_sigint_and_refuses_a_second_start(service: LocalService,
     second = unseen("serve", "--data-dir", str(service.data_dir), "--port", str(free_port()))
     assert second.returncode == 1
     assert "already runs on" in second.stderr
+    assert "is ready" not in second.stderr
+    assert f"Unseen is ready at {service.url}" in service.log.read_text()
     own = LocalService(tmp_path / "data")
     with own, Client(own.url) as client:
         deadline = time.monotonic() + 60
