@@ -30,6 +30,18 @@ def test_every_variable_that_containers_set_is_a_setting() -> None:
     assert {"UNSEEN_DATABASE_URL", "UNSEEN_DEVICE", "UNSEEN_HOST"} <= used <= known
 
 
+def test_settings_of_an_env_file_reach_our_parts_but_do_not_move_them() -> None:
+    for name in ("api", "worker", "inference"):
+        assert SERVICES[name]["env_file"] == [{"path": ".env", "required": False}]
+        assert {"UNSEEN_HOST", "UNSEEN_PORT", "UNSEEN_DATA_DIR"} <= set(SERVICES[name]["environment"])
+
+
+def test_a_password_of_any_characters_is_no_part_of_an_address() -> None:
+    environment = SERVICES["api"]["environment"]
+    assert "PASSWORD" not in environment["UNSEEN_DATABASE_URL"]
+    assert environment["PGPASSWORD"] == SERVICES["postgres"]["environment"]["POSTGRES_PASSWORD"]
+
+
 def test_services_build_stages_that_exist_and_the_override_names_services() -> None:
     stages = re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE)
     targets = {service["build"]["target"] for service in SERVICES.values() if "build" in service}
