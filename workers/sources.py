@@ -155,7 +155,7 @@ def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:
     if params.weights == "random":
         return None
     if params.weights == "imagenet":
-        return fetch_weights(params.name, settings.cache_dir / "weights")
+        return fetch_weights(params.name, settings)
     if settings.weights_dir is None:
         raise InvalidInput(
             f"The weights {params.weights!r} were asked for, but this worker has no UNSEEN_WEIGHTS_DIR.",
@@ -169,11 +169,12 @@ def _weights_path(params: BackboneParams, settings: Settings) -> Path | None:
     return path
 
 
-def fetch_weights(name: str, directory: Path) -> Path:
+def fetch_weights(name: str, settings: Settings) -> Path:
     """torchvision's default weights of a network, downloaded once and checked against the digest in their name."""
     from models.backbones import torchvision_weights
 
     wanted = torchvision_weights(name)
+    directory = settings.cache_dir / "weights"
     path = directory / wanted.file_name
     if path.is_file():
         return path
@@ -192,7 +193,8 @@ def fetch_weights(name: str, directory: Path) -> Path:
     except httpx.HTTPError as error:
         raise Unavailable(
             f"The weights of {name!r} could not be downloaded from {wanted.url} ({type(error).__name__}). "
-            "Put the file into the weights directory and name it in params.backbone.weights."
+            f"Put the file into the worker's UNSEEN_WEIGHTS_DIR ({settings.weights_dir or 'not set'}) and name it in "
+            "params.backbone.weights."
         ) from error
     finally:
         Path(aside).unlink(missing_ok=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from models.errors import InvalidInput
 from models.knowledge.text_encoder import TextEncoder
-from service.core.errors import Conflict
+from service.core.errors import Conflict, Unavailable
 from service.core.settings import Settings
 from service.core.tables import Knowledge
 from workers import sources
-from workers.sources import describe_text_encoder, open_knowledge
+from workers.sources import describe_text_encoder, fetch_weights, open_knowledge
 
 NO_STORE: Any = None
 """Text encoders have no files."""
@@ -51,6 +52,19 @@ def test_a_row_says_which_model_it_was(opened: Opened, tmp_path: Path) -> None:
     assert isinstance(source, TextEncoder)
     assert source.template == "a {}"
     assert open_knowledge(row({"model": "m", "template": "{}"}), NO_STORE, settings).dim == 64
+
+
+def test_a_download_that_fails_names_the_folder_to_put_the_file_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setattr(httpx, "stream", refuse)
+    with pytest.raises(Unavailable, match=r"UNSEEN_WEIGHTS_DIR \(not set\)"):
+        fetch_weights("resnet50", Settings(data_dir=tmp_path))
+    with pytest.raises(Unavailable, match=f"UNSEEN_WEIGHTS_DIR \\({tmp_path}\\)"):
+        fetch_weights("resnet50", Settings(data_dir=tmp_path, weights_dir=tmp_path))
 
 
 def test_another_model_in_its_place_is_refused(opened: Opened, tmp_path: Path) -> None:
