@@ -232,11 +232,16 @@ def check_listening(settings: Settings) -> None:
 
 def announce(settings: Settings) -> None:
     """Says where the service listens as soon as every part of it works."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{host}:{settings.port}"
-    with Client(address, api_key="") as client, suppress(UnseenError):
+    # asked at the loopback address where it listens on all of them, as others may go through a proxy
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    with Client(_address(reached, settings.port), api_key="") as client, suppress(UnseenError):
         client.wait_until_ready(timeout=STARTING_S)
+        address = _address(settings.host, settings.port)
         error_console.print(f"Unseen is ready at {escape(address)} (docs: /docs).", soft_wrap=True)
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def require_torch() -> None:
