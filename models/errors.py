@@ -18,6 +18,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
+EXTRA = ".venv/bin/pip install -e '.[{}]' -c constraints.txt"
+"""How a checkout gets an extra of pyproject.toml."""
 MAX_LISTED = 50  # more than there are methods of a kind; networks are more
 
 

@@ -18,9 +18,9 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
-from models.errors import ModelError
+from models.errors import EXTRA, ModelError
 from service import cli_embed
-from service.cli_output import EXTRA, error_console, print_error, print_warning
+from service.cli_output import error_console, print_error, print_warning
 from service.client import ApiError, Client, UnseenError
 from service.core.errors import ServiceError
 from service.core.settings import Settings, unknown_variables

@@ -18,8 +18,9 @@ import redis
 from rich.markup import escape
 from rich.table import Table
 
+from models.errors import EXTRA
 from service.auth import Authenticator
-from service.cli_output import EXTRA, console
+from service.cli_output import console
 from service.client import Client, UnseenError
 from service.core.embedded import server_binary
 from service.core.errors import ServiceError

@@ -16,8 +16,6 @@ from service.client import Client
 from service.client_http import Json
 
 LONG_NAME = 30
-EXTRA = ".venv/bin/pip install -e '.[{}]' -c constraints.txt"
-"""How a checkout gets an extra of pyproject.toml."""
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 

@@ -13,6 +13,7 @@ import numpy as np
 import scipy.io
 from safetensors.numpy import save as save_safetensors
 
+from models.errors import EXTRA
 from service.core.errors import UnsupportedMedia
 from service.core.tables import EmbeddingClass, EmbeddingSet
 
@@ -88,7 +89,7 @@ def _parquet(table: Table) -> bytes:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UnsupportedMedia("Parquet needs the server's extra: pip install 'unseen[parquet]'.") from None
+        raise UnsupportedMedia(f"Parquet needs the server's extra: {EXTRA.format('parquet')}") from None
     columns = {
         "class_name": pyarrow.array(table.names),
         "seen": pyarrow.array(table.seen),

@@ -113,7 +113,8 @@ def rank(
         scores = resident.classifier.scores(features, resident.embeddings)[:, classes]
     else:
         scores = resident.classifier.scores(features, resident.embeddings[classes])
-    scores = calibrated_stacking(scores, is_seen, resident.gamma if gamma is None else gamma)
+    if is_seen.any() and not is_seen.all():
+        scores = calibrated_stacking(scores, is_seen, resident.gamma if gamma is None else gamma)
     probabilities = softmax(scores.astype(np.float64) / resident.temperature, axis=1)
     return [
         [Prediction(resident.class_names[classes[c]], float(row[c]), bool(is_seen[c])) for c in best]

@@ -9,6 +9,7 @@ import torch
 from models.backbones import Precision
 from models.backends.base import Run
 from models.backends.onnx_file import FromONNX
+from models.errors import EXTRA
 
 
 class ONNXRuntime(FromONNX):
@@ -16,7 +17,7 @@ class ONNXRuntime(FromONNX):
 
     name = "onnxruntime"
     can_spread = True
-    needs = "pip install 'unseen[onnx]'"
+    needs = EXTRA.format("onnx")
 
     def load(self, file: Path, _precision: Precision, threads: int, streams: int) -> Run:
         """A session; callers bring the streams, each of which runs in its own thread."""

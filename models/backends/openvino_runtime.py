@@ -13,6 +13,7 @@ from torch import Tensor
 from models.backbones import Precision
 from models.backends.base import Run
 from models.backends.onnx_file import FromONNX
+from models.errors import EXTRA
 
 
 class OpenVINO(FromONNX):
@@ -22,7 +23,7 @@ class OpenVINO(FromONNX):
     # Shared out among a pool's threads, networks that ended with it hung a process once, and crashed one once, of some
     # hundreds. Why is not known.
     can_spread = False
-    needs = "pip install 'unseen[openvino]'"
+    needs = EXTRA.format("openvino")
 
     def load(self, file: Path, precision: Precision, threads: int, streams: int) -> Run:
         """A compiled network."""

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from models.errors import InvalidInput
+from models.errors import EXTRA, InvalidInput
 from models.knowledge.names import MAX_NAMES, quote
 from models.knowledge.tables import MAX_DIM, ClassTable, TableKind, class_table
 
@@ -212,7 +212,7 @@ def _read_hdf5(path: Path, keys: Sequence[str]) -> dict[str, Array]:
         import h5py
     except ImportError as error:
         raise InvalidInput(
-            "This is a MATLAB 7.3 file. Install the extra 'hdf5' (pip install 'unseen[hdf5]'), or save it with -v7."
+            f"This is a MATLAB 7.3 file. Install the extra 'hdf5' ({EXTRA.format('hdf5')}), or save it with -v7."
         ) from error
     arrays: dict[str, Array] = {}
     try:

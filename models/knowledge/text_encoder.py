@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.base import OnProgress, Progress, ignore_progress
-from models.errors import InvalidInput
+from models.errors import EXTRA, InvalidInput
 from models.knowledge.base import Lookup, Resolution, Vectors
 from models.knowledge.names import readable_name
 
@@ -131,7 +131,7 @@ def _sentence_transformer(model: str, folder: Path | None, device: str | None) -
         import sentence_transformers  # noqa: F401 - only to know whether it is there
     except ImportError as error:
         raise InvalidInput(
-            "Text encoders need the extra 'text': pip install 'unseen[text]' on the machine of the worker. "
+            f"Text encoders need the extra 'text' on the machine of the worker: {EXTRA.format('text')}. "
             "Word vectors, attributes and class vectors work without it.",
             field="kind",
         ) from error

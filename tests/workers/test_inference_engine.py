@@ -92,6 +92,14 @@ def test_residents_own_gamma_is_used_unless_another_is_given() -> None:
     assert rank(model, features, classes, k=1, gamma=0.0)[0][0].label == "red"
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_gamma_changes_nothing_where_one_side_competes(is_seen: bool) -> None:
+    features = np.array([[0.4, 0.5, 0.0]], np.float32)
+    model = replace(resident(), is_seen=np.full(len(resident().class_names), is_seen))
+    classes = np.array([0, 1])
+    assert rank(model, features, classes, k=2, gamma=1e30) == rank(model, features, classes, k=2, gamma=0.0)
+
+
 def test_one_bad_image_fails_alone(engine: Engine) -> None:
     answers = classified(engine, resident(), [RED, b"not an image", RED[:60], b"", GREEN])
     assert [isinstance(answer, ImageError) for answer in answers] == [False, True, True, True, False]
