@@ -23,7 +23,7 @@ from models.data.images import decode_image
 from models.embedding.clustering import PatchClustering
 from models.embedding.cutting import decoded_side
 from models.params import EmbeddingSetParams
-from service.core import repositories
+from service.core import caches, repositories
 from service.core.artifacts import ArtifactStore, image_key
 from service.core.db import Database, make_engine
 from service.core.settings import Settings
@@ -50,7 +50,7 @@ def read_patches(database: Database, store: ArtifactStore, rows: list[ImageRow],
     """The cached patch features of the rows, through the clusters' heads."""
     with database.read() as session:
         specs = {row.spec for row in session.query(FeatureRows).filter(FeatureRows.sha256 == rows[0].sha256)}
-        found = [repositories.cached_features(session, spec, [row.sha256 for row in rows]) for spec in specs]
+        found = [caches.features(session, spec, [row.sha256 for row in rows]) for spec in specs]
     # Whole images are cached too, under a spec of their own with one row an image; patches have more.
     cached = max(found, key=lambda of: sum(entry.count for entry in of.values()))
     shards = {key: load_file(store.local_path(key)) for key in {entry.shard for entry in cached.values()}}

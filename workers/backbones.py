@@ -14,7 +14,7 @@ from models.base import Progress
 from models.data.images import ImageLimits, decode_image
 from models.errors import InvalidInput, TooFewSamples, UnreadableImage
 from models.params import BackboneParams, PatchParams, ScratchParams
-from service.core import repositories
+from service.core import caches
 from service.core.artifacts import image_key
 from workers.runner import TaskContext
 from workers.sources import open_backbone
@@ -45,7 +45,7 @@ def prepared_backbone(
         return backbone, {}
     key = _cache_key(params, scratch, sha256s, labels, seed)
     with context.database.read() as session:
-        cached = repositories.get_cached_artifact(session, key)
+        cached = caches.artifact(session, key)
     if cached is not None and context.store.exists(cached.artifact):
         artifact = cached.artifact
     else:
@@ -88,7 +88,7 @@ def _train(
     artifact = context.store.put_file(path)
     summary = {"name": params.name, "n_images": len(usable), "images_per_s": round(images_per_s, 1)}
     with context.database.write() as session:
-        repositories.put_cached_artifact(session, key, artifact, summary)
+        caches.put_artifact(session, key, artifact, summary)
     return artifact
 
 

@@ -25,7 +25,7 @@ from models.errors import TooFewSamples
 from models.evaluation import near_chance
 from models.knowledge.base import Resolution, require
 from models.params import FINETUNED_COST, BackboneParams, EmbeddingSetParams, PatchParams
-from service.core import repositories
+from service.core import caches, repositories
 from service.core.tables import Dataset, EmbeddingClass, EmbeddingSet, Knowledge
 from workers.backbones import BACKBONE_FILE, prepared_backbone
 from workers.features import FeatureTable, feature_spec, image_features
@@ -121,7 +121,7 @@ def _fitted(
     method, params = inputs.row.method, inputs.params
     key = _fit_key(inputs, tables, knowledge)
     with context.database.read() as session:
-        cached = repositories.get_cached_artifact(session, key)
+        cached = caches.artifact(session, key)
     directory = context.scratch_dir / FITTED
     files = cached.summary["files"] if cached is not None else {}
     if files and all(map(context.store.exists, files.values())):
@@ -139,7 +139,7 @@ def _fitted(
     fitted.save(directory)
     files = put_directory(context, directory)
     with context.database.write() as session:
-        repositories.put_cached_artifact(session, key, next(iter(files.values())), {"files": files})
+        caches.put_artifact(session, key, next(iter(files.values())), {"files": files})
     return fitted
 
 

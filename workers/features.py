@@ -23,7 +23,7 @@ from models.data.images import ImageLimits
 from models.embedding.cutting import ImageFailure, has_room_for_processes
 from models.embedding.extraction import ImageFeatures, extract_features
 from models.params import PatchParams
-from service.core import repositories
+from service.core import caches
 from service.core.artifacts import image_key
 from service.core.process import usable_cores
 from service.core.tables import FeatureRows
@@ -74,14 +74,14 @@ def image_features(
     spec = feature_spec(backbone, patches)
     wanted = list(dict.fromkeys(sha256s))
     with context.database.read() as session:
-        cached = repositories.cached_features(session, spec, wanted)
+        cached = caches.features(session, spec, wanted)
     lost = {shard for shard in {row.shard for row in cached.values()} if not context.store.exists(shard)}
     missing = [sha256 for sha256 in wanted if sha256 not in cached or cached[sha256].shard in lost]
     started = time.perf_counter()
     failures, n_rows = _compute(context, spec, missing, backbone, patches, len(wanted), phase)
     seconds = time.perf_counter() - started
     with context.database.read() as session:
-        cached = repositories.cached_features(session, spec, [sha256 for sha256 in wanted if sha256 not in failures])
+        cached = caches.features(session, spec, [sha256 for sha256 in wanted if sha256 not in failures])
     table = _gather(context, sha256s, cached, backbone.feature_dim, context.scratch_dir / f"{phase}.f16")
     table.failures, table.seconds, table.n_computed = failures, seconds, n_rows
     return table
@@ -189,7 +189,7 @@ def _write_shard(context: TaskContext, spec: str, shard: Sequence[ImageFeatures]
         for entry, start in zip(shard, starts, strict=False)
     ]
     with context.database.write() as session:
-        repositories.put_cached_features(session, rows)
+        caches.put_features(session, rows)
 
 
 def _gather(

@@ -39,7 +39,7 @@ from service.core.process import compute_environment, restart_with, settle
 from service.core.repositories import ClassifierState
 from service.core.settings import Settings
 from workers.engine import Engine, EngineBusy, EngineClosed, EngineSick, EngineTooLate, ImageError
-from workers.heads import Heads
+from workers.heads import Heads, Preparable
 from workers.known_classes import Competing
 from workers.library import Library
 from workers.predictions import Look, Resident
@@ -69,14 +69,16 @@ class Inference:
     def warm_up(self) -> None:
         """Load the newest classifier and send an image through it, so that the first request finds all in place.
 
-        What is only trained when somebody asks for it is not: the image goes through the network alone.
+        Classifiers that have much to prepare do so when somebody asks: the image goes through the network alone.
         """
         try:
             self.library.forget_deleted()
             newest = self.library.newest_classifier()
             if newest is not None:
                 resident = self.library.competing(self.library.state(newest), "all", None).resident
-                if resident.classifier.is_joint:
+                if isinstance(resident.classifier, Preparable) and not resident.classifier.is_ready(
+                    resident.embeddings
+                ):
                     self.engine.grey(resident.backbone, resident.size).result()
                     return
                 blank = io.BytesIO()
@@ -149,12 +151,10 @@ class Inference:
         if competing is None:
             # Shielded, so that a load whose caller's time is over keeps its place among the threads until it ends.
             competing = await asyncio.shield(run_in_threadpool(self.library.competing, state, scope, names))
-        if not competing.resident.classifier.is_joint:
-            return competing
         resident = self.heads.ready(competing.resident)
         if resident is None:
-            resident = await unless_gone(asked.receive, self.heads.trained(competing.resident))
-        return dataclasses.replace(competing, resident=resident)
+            resident = await unless_gone(asked.receive, self.heads.prepared(competing.resident))
+        return competing if resident is competing.resident else dataclasses.replace(competing, resident=resident)
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,6 @@ class ZeroShotModel(ABC):
             )
         return self._compatibility(self._scaling(features), embeddings)
 
-    def prepared(self, class_embeddings: FloatArray) -> Self:  # noqa: ARG002 - for those that are joint
-        """A classifier that scores these classes, (n_classes, embedding_dim), without being trained for them first."""
-        return self
-
     def save(self, directory: Path) -> None:
         """Write model.safetensors and manifest.json into `directory`, made if missing."""
         self._require_fitted()

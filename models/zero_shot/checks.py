@@ -103,3 +103,21 @@ def as_unseen(
     replaced = embeddings.copy()
     replaced[fold] = rows
     return replaced
+
+
+def match_seen(embeddings: FloatArray, seen: FloatArray) -> IntArray:
+    """For each unit row of `embeddings` (C, E) the row of `seen` (S, E) that it is, or -1.
+
+    A row may have been scaled and brought back to unit length, so a rounding apart is the same. Seen classes with one
+    vector are told apart by their order.
+    """
+    if embeddings.shape[1] != seen.shape[1]:
+        raise InvalidInput(f"embeddings {embeddings.shape} and seen {seen.shape} differ in width.")
+    rows, others = embeddings.astype(np.float64), seen.astype(np.float64)
+    squared = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T  # (C, S), distances
+    is_same = squared < 1e-10
+    found = np.where(is_same.any(axis=1), is_same.argmax(axis=1), -1)
+    for c in np.flatnonzero(is_same.sum(axis=1) > 1):
+        choices = np.flatnonzero(is_same[c])
+        found[c] = choices[min(int((is_same[:c] == is_same[c]).all(axis=1).sum()), len(choices) - 1)]
+    return np.asarray(found, np.int64)

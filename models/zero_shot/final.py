@@ -27,6 +27,8 @@ from models.zero_shot.layers import linear
 
 CACHED_CLASSES = 100_000
 CACHED_SETS = 4
+MAX_NEW_CLASSES = 50
+"""More classes that rows are yet to be generated for take too long for whoever only wants scores."""
 SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9, 0.97)
 """What is tried on validation classes. The more a generator errs about the means of new classes, the more is right."""
 SHRINKAGE = 0.3
@@ -72,9 +74,13 @@ class FinalClassifier(ABC):
     def scores(self, rows: Tensor, classes: Competing) -> Tensor:
         """(B, C) of rows (B, R)."""
 
-    def prepared(self, classes: Competing) -> Self:  # noqa: ARG002 - for those that are joint
-        """One that scores these classes without being trained for them first."""
-        return self
+    @abstractmethod
+    def is_ready(self, classes: Competing) -> bool:
+        """Whether `scores` of these classes has little to do before it can tell."""
+
+    @abstractmethod
+    def prepared(self, classes: Competing) -> Self:
+        """One that has done it all."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -100,9 +106,21 @@ class _ByClass(FinalClassifier):
     def _seen_summary(self, number: int) -> Tensor:
         """(K, R) of a seen class's real rows."""
 
+    def is_ready(self, classes: Competing) -> bool:
+        return len(self._new(classes)) <= MAX_NEW_CLASSES
+
+    def prepared(self, classes: Competing) -> Self:
+        self._summaries(classes)
+        return self
+
+    def _new(self, classes: Competing) -> IntArray:
+        """Positions of classes without real rows that nothing was generated for yet."""
+        unseen = np.flatnonzero(classes.seen < 0)
+        return np.array([c for c in unseen if classes.embeddings[c].tobytes() not in self._generated], np.int64)
+
     def _summaries(self, classes: Competing) -> list[Tensor]:
         keys = [row.tobytes() for row in classes.embeddings]
-        new = np.array([c for c in np.flatnonzero(classes.seen < 0) if keys[c] not in self._generated], np.int64)
+        new = self._new(classes)
         for part in np.array_split(new, max(1, -(-len(new) * self.params.synthetic_per_class // 2**16))):
             # One at a time: a class's last bits must not depend on which others came with it.
             for c, rows in zip(part, classes.generate(part) if len(part) else (), strict=True):
@@ -251,6 +269,9 @@ class _Joint(FinalClassifier):
         weight, bias = self._head(classes.embeddings.tobytes(), classes)
         return rows @ weight.T + bias
 
+    def is_ready(self, classes: Competing) -> bool:  # noqa: ARG002 - it is never sure to stay so
+        return False
+
     def prepared(self, classes: Competing) -> Self:
         """A copy that keeps what was trained for these classes, however many others come along."""
         key = classes.embeddings.tobytes()
@@ -364,21 +385,3 @@ _KINDS: dict[str, type[FinalClassifier]] = {
 def make_final(params: GenerativeParams, seed: int, shrinkage: float | None = None) -> FinalClassifier:
     """The final classifier that `params` ask for, not yet fitted; `shrinkage` where they leave it open."""
     return _KINDS[params.final](params, seed, shrinkage)
-
-
-def match_seen(embeddings: FloatArray, seen: FloatArray) -> IntArray:
-    """For each unit row of `embeddings` (C, E) the row of `seen` (S, E) that it is, or -1.
-
-    A row may have been scaled and brought back to unit length, so a rounding apart is the same. Seen classes with one
-    vector are told apart by their order.
-    """
-    if embeddings.shape[1] != seen.shape[1]:
-        raise InvalidInput(f"embeddings {embeddings.shape} and seen {seen.shape} differ in width.")
-    rows, others = embeddings.astype(np.float64), seen.astype(np.float64)
-    squared = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T  # (C, S), distances
-    is_same = squared < 1e-10
-    found = np.where(is_same.any(axis=1), is_same.argmax(axis=1), -1)
-    for c in np.flatnonzero(is_same.sum(axis=1) > 1):
-        choices = np.flatnonzero(is_same[c])
-        found[c] = choices[min(int((is_same[:c] == is_same[c]).all(axis=1).sum()), len(choices) - 1)]
-    return np.asarray(found, np.int64)

@@ -24,7 +24,7 @@ from models.params import Params
 from models.precision import mixed
 from models.zero_shot.base import History, Setting
 from models.zero_shot.checkpoints import Chance, Run
-from models.zero_shot.checks import unit_embeddings
+from models.zero_shot.checks import match_seen, unit_embeddings
 from models.zero_shot.epochs import REACH, EpochModel
 from models.zero_shot.final import (
     SHRINKAGES,
@@ -33,7 +33,6 @@ from models.zero_shot.final import (
     LinearDiscriminants,
     RealRows,
     make_final,
-    match_seen,
 )
 from models.zero_shot.folds import Rows
 from models.zero_shot.gradient import TrainingData
@@ -152,9 +151,14 @@ class GenerativeModel(EpochModel):
     def _compatibility(self, features: FloatArray, embeddings: FloatArray) -> FloatArray:
         return self._scores(self._final, features, embeddings)
 
+    def is_ready(self, class_embeddings: FloatArray) -> bool:
+        """Whether `scores` of these classes, (n_classes, embedding_dim), has little to do before it can tell."""
+        self._require_fitted()
+        return self._final.is_ready(self._competing(unit_embeddings(class_embeddings)))
+
     @torch.no_grad()
     def prepared(self, class_embeddings: FloatArray) -> Self:
-        """A copy whose final classifier is trained for these classes, where it is one for all of them together."""
+        """One that has done it all: generated rows of these classes, and trained for them where it is joint."""
         self._require_fitted()
         prepared = copy(self)
         prepared._final = self._final.prepared(self._competing(unit_embeddings(class_embeddings)))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from service.core.db import Database
@@ -321,46 +320,6 @@ def measured_training_rate(session: Session, backbone: str) -> float | None:
         if row.summary.get("name") == backbone and row.summary.get("images_per_s"):
             return float(row.summary["images_per_s"])
     return None
-
-
-# ---- caches -----------------------------------------------------------------------------------
-
-
-def cached_features(session: Session, spec: str, sha256s: Sequence[str]) -> dict[str, FeatureRows]:
-    """sha256 -> where its features of this spec lie, for those that are cached."""
-    query = select(FeatureRows).where(FeatureRows.spec == spec)
-    return {
-        row.sha256: row
-        for part in chunks(list(sha256s))
-        for row in session.scalars(query.where(FeatureRows.sha256.in_(part)))
-    }
-
-
-def put_cached_features(session: Session, rows: Sequence[FeatureRows]) -> None:
-    """Records a shard's rows, in place of earlier ones of the same images."""
-    names = [column.name for column in FeatureRows.__table__.columns]
-    # In one order, so that two attempts with the same images never wait for each other.
-    ordered = sorted(rows, key=lambda row: row.sha256)
-    _put(session, FeatureRows, [{name: getattr(row, name) for name in names} for row in ordered])
-
-
-def get_cached_artifact(session: Session, key: str) -> CachedArtifact | None:
-    """A derived artifact by the digest of all that determines it."""
-    return session.get(CachedArtifact, key)
-
-
-def put_cached_artifact(session: Session, key: str, artifact: str, summary: dict[str, Any]) -> None:
-    """Records a derived artifact, in place of an earlier one."""
-    _put(session, CachedArtifact, [{"key": key, "artifact": artifact, "summary": summary}])
-
-
-def _put(session: Session, table: type[Base], rows: list[dict[str, Any]]) -> None:
-    """Inserts rows; where another attempt, perhaps still at work, has the same keys, the later one's values stay."""
-    keys = [column.name for column in table.__table__.primary_key]
-    insert: Any = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    statement = insert(table)
-    values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
-    session.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)
 
 
 def live_workers(session: Session, since: Any) -> list[Worker]:

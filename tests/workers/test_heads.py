@@ -34,8 +34,12 @@ class Joint(Dot):
 
     def __init__(self) -> None:
         self.trained: list[FloatArray] = []
+        self.is_trained = False
         self.go = threading.Event()
         self.error: Exception | None = None
+
+    def is_ready(self, class_embeddings: FloatArray) -> bool:
+        return self.is_trained
 
     def prepared(self, class_embeddings: FloatArray) -> Dot:
         self.trained.append(class_embeddings)
@@ -69,24 +73,39 @@ def test_each_set_of_classes_is_trained_once_and_one_that_nobody_waits_for_never
     async def scenario() -> None:
         heads, classifier = Heads(), Joint()
         first, same, other = joint(classifier), joint(classifier), joint(classifier, 1.0)
-        waiting = [asyncio.create_task(heads.trained(asked)) for asked in (first, same)]
+        waiting = [asyncio.create_task(heads.prepared(asked)) for asked in (first, same)]
         await begun(classifier, 1)
-        left = asyncio.create_task(heads.trained(other))
+        left = asyncio.create_task(heads.prepared(other))
         await asyncio.sleep(0.05)
         await given_up(left)
         for task in waiting:
             await given_up(task)
-        again = asyncio.create_task(heads.trained(first))  # what has begun goes on for whoever asks next
+        again = asyncio.create_task(heads.prepared(first))  # what has begun goes on for whoever asks next
         classifier.go.set()
         trained = await again
         assert type(trained.classifier) is Dot
         assert (trained.backbone, trained.class_names) == (first.backbone, NAMES)
-        assert heads.ready(first) is trained is await heads.trained(first)
+        assert heads.ready(first) is trained is await heads.prepared(first)
         assert heads.ready(other) is None
-        await heads.trained(same)
+        await heads.prepared(same)
         assert len(classifier.trained) == 1
-        assert (await heads.trained(other)).embeddings is other.embeddings
+        assert (await heads.prepared(other)).embeddings is other.embeddings
         assert len(classifier.trained) == 2
+
+    asyncio.run(scenario())
+
+
+def test_what_is_ready_waits_for_nobody() -> None:
+    async def scenario() -> None:
+        heads, classifier = Heads(), Joint()
+        classifier.is_trained = True
+        asked, plain = joint(classifier), resident()
+        assert heads.ready(asked) is None
+        assert await heads.prepared(asked) is asked is heads.ready(asked)
+        assert await heads.prepared(plain) is plain is heads.ready(plain)
+        assert not classifier.trained
+        classifier.is_trained = False  # another set of classes
+        assert heads.ready(joint(classifier, 1.0)) is None
 
     asyncio.run(scenario())
 
@@ -97,9 +116,9 @@ def test_a_training_that_failed_is_tried_again() -> None:
         classifier.go.set()
         classifier.error = RuntimeError("no memory")
         with pytest.raises(RuntimeError, match="no memory"):
-            await heads.trained(joint(classifier))
+            await heads.prepared(joint(classifier))
         classifier.error = None
-        await heads.trained(joint(classifier))
+        await heads.prepared(joint(classifier))
         assert len(classifier.trained) == 2
 
     asyncio.run(scenario())
@@ -108,21 +127,21 @@ def test_a_training_that_failed_is_tried_again() -> None:
 def test_how_many_sets_wait_and_stay_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         heads, classifier = Heads(), Joint()
-        monkeypatch.setattr(heads_module, "MAX_UNTRAINED", 2)
-        waiting = [asyncio.create_task(heads.trained(joint(classifier, shift))) for shift in (1.0, 2.0)]
+        monkeypatch.setattr(heads_module, "MAX_UNPREPARED", 2)
+        waiting = [asyncio.create_task(heads.prepared(joint(classifier, shift))) for shift in (1.0, 2.0)]
         async with asyncio.timeout(20):
             while len(heads._heads.get(classifier, ())) < 2:
                 await asyncio.sleep(0.005)
         with pytest.raises(Unavailable, match="2 sets of classes"):
-            await heads.trained(joint(classifier, 3.0))
+            await heads.prepared(joint(classifier, 3.0))
         classifier.go.set()
         await asyncio.gather(*waiting)
         for shift in range(KEPT_SETS + 3):
-            await heads.trained(joint(classifier, float(shift)))
+            await heads.prepared(joint(classifier, float(shift)))
         (kept,) = heads._heads.values()
         assert len(kept) == KEPT_SETS
         n_trained = len(classifier.trained)
-        await heads.trained(joint(classifier, float(KEPT_SETS + 2)))
+        await heads.prepared(joint(classifier, float(KEPT_SETS + 2)))
         assert len(classifier.trained) == n_trained
         del classifier, waiting, kept
         gc.collect()

@@ -18,16 +18,17 @@ from models.errors import InvalidInput
 from models.evaluation import mean_per_class_accuracy
 from models.generative_params import FCLSWGANParams, FVAEGANParams, GANParams, GenerativeParams
 from models.zero_shot.base import create_classifier, load_classifier
+from models.zero_shot.checks import match_seen
 from models.zero_shot.f_clswgan import FCLSWGAN
 from models.zero_shot.f_vaegan import FVAEGAN
 from models.zero_shot.final import (
     CACHED_SETS,
+    MAX_NEW_CLASSES,
     SHRINKAGES,
     Competing,
     LinearDiscriminants,
     RealRows,
     make_final,
-    match_seen,
 )
 from models.zero_shot.generative import Batches, GenerativeModel
 from models.zero_shot.vaegan import VAEGAN, kl_divergence, vae_terms
@@ -129,6 +130,20 @@ def test_what_was_prepared_for_classes_is_never_trained_for_them_again(kind: str
         assert len(final._trained) == CACHED_SETS  # type: ignore[attr-defined]  # those that are joint have it
         classes = replace(classes, generate=refuse)
     assert torch.equal(prepared.scores(rows, classes), wanted)
+
+
+@pytest.mark.parametrize("final", ["lda", "nearest_mean", "nearest"])
+def test_many_new_classes_are_prepared_apart_and_score_the_same(final: str) -> None:
+    params = FVAEGANParams.model_validate({**SMALL, "epochs": 1, "final": final, "synthetic_per_class": 4})
+    model, fresh = (FVAEGAN(params).fit(DATA.train, DATA.seen_embeddings) for _ in range(2))
+    shape = (MAX_NEW_CLASSES + 1, DATA.seen_embeddings.shape[1])
+    many = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    assert model.is_ready(many[:-1])
+    assert not model.is_ready(many)
+    prepared = model.prepared(many)
+    assert prepared.is_ready(many)
+    features = DATA.unseen.features
+    assert np.array_equal(prepared.scores(features, many), fresh.scores(features, many))
 
 
 @pytest.mark.parametrize(("scale", "kept"), [(1.0, torch.float16), (1e5, torch.float32), (1e-7, torch.float32)])
