@@ -213,7 +213,7 @@ class GenerativeModel(EpochModel):
 
     def _state(self) -> dict[str, FloatArray]:
         final = {_FINAL + name: tensor.detach().cpu().numpy() for name, tensor in self._final.state().items()}
-        told = {_SEEN: self._seen, _SHIFT: self._shift.cpu().numpy(), _SIGNED: np.array([self._is_signed])}
+        told = {_SEEN: self._seen, _SHIFT: self._shift.cpu().numpy(), _SIGNED: np.array([self._is_signed], np.int64)}
         return {**super()._state(), **final, **told}
 
     def _restore(self, state: Mapping[str, FloatArray]) -> None:
