@@ -49,9 +49,10 @@ class World:
         self.queue = queue
 
     def add(self, kind: str, payload: dict[str, Any], *, enqueue: bool = True, max_attempts: int = 3) -> str:
-        """Creates a job as the API does."""
+        """Creates a job as the API does; it fills a dataset, so that it may be retried."""
         with self.database.write() as session:
-            job_id = jobs.create_job(session, kind, "es_none", payload, max_attempts).id
+            dataset = session.merge(tables.Dataset(id="ds_of_jobs", name="of jobs"))
+            job_id = jobs.create_job(session, kind, dataset.id, payload, max_attempts).id
         if enqueue:
             self.queue.enqueue(job_id)
         return job_id
