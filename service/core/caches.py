@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from service.core.repositories import chunks
+from service.core.repositories import by_content
 from service.core.tables import Base, CachedArtifact, FeatureRows
 
 
 def features(session: Session, spec: str, sha256s: Sequence[str]) -> dict[str, FeatureRows]:
     """sha256 -> where its features of this spec lie, for those that are cached."""
-    query = select(FeatureRows).where(FeatureRows.spec == spec)
-    return {
-        row.sha256: row
-        for part in chunks(list(sha256s))
-        for row in session.scalars(query.where(FeatureRows.sha256.in_(part)))
-    }
+    return by_content(session, FeatureRows, sha256s, FeatureRows.spec == spec)
 
 
 def put_features(session: Session, rows: Sequence[FeatureRows]) -> None:

@@ -28,6 +28,7 @@ from service.core.tables import (
 )
 
 Row = TypeVar("Row", bound=Base)
+Contents = TypeVar("Contents", Image, FeatureRows)
 _CHUNK = 500  # bound variables of one statement stay below every database's limit
 
 NAMES: dict[type[Base], str] = {
@@ -124,14 +125,19 @@ def images_of(session: Session, dataset_id: str, class_names: Sequence[str] | No
     return sorted(rows, key=lambda row: (row.class_name, row.sha256))
 
 
-def images_by_content(session: Session, dataset_id: str, sha256s: Sequence[str]) -> dict[str, Image]:
-    """sha256 -> image, for those the dataset already holds."""
-    query = select(Image).where(Image.dataset_id == dataset_id)
+def by_content(session: Session, table: type[Contents], sha256s: Sequence[str], *where: Any) -> dict[str, Contents]:
+    """sha256 -> row of `table`, for those of `sha256s` that have one."""
+    query = select(table).where(*where)
     return {
         row.sha256: row
         for part in chunks(list(sha256s))
-        for row in session.scalars(query.where(Image.sha256.in_(part)))
+        for row in session.scalars(query.where(table.sha256.in_(part)))
     }
+
+
+def images_by_content(session: Session, dataset_id: str, sha256s: Sequence[str]) -> dict[str, Image]:
+    """sha256 -> image, for those the dataset already holds."""
+    return by_content(session, Image, sha256s, Image.dataset_id == dataset_id)
 
 
 def delete_dataset(session: Session, dataset_id: str) -> None:
