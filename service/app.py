@@ -23,6 +23,7 @@ from service.deps import Parts
 from service.fanout import Fanout
 from service.idempotency import Idempotency
 from service.inference_client import InferenceClient
+from service.metrics import RequestMetrics
 from service.middleware import Gate
 from service.openapi import openapi_document
 from service.routes import (
@@ -106,7 +107,8 @@ def create_app(settings: Settings | None = None, started: Callable[[], object] |
     for module in ROUTERS:
         app.include_router(module.router)
     problems.install(app)
+    requests = app.state.request_metrics = RequestMetrics()
     app.add_middleware(Idempotency, database=lambda: app.state.parts.database)
-    app.add_middleware(Gate, settings=settings, authenticator=Authenticator(settings))
+    app.add_middleware(Gate, settings=settings, authenticator=Authenticator(settings), metrics=requests)
     app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

@@ -40,6 +40,10 @@ class InferenceClient:
         """The process's own report; Unavailable when it does not answer."""
         return await self._send("GET", "/health", b"")
 
+    async def stats(self) -> dict[str, Any]:
+        """What it has computed and holds: see `workers.inference.Inference.stats`."""
+        return await self._send("GET", "/stats", b"")
+
     async def lookup(self, knowledge_id: str, names: Sequence[str]) -> dict[str, Any]:
         """How names resolve in a knowledge source: {'resolutions': […]}."""
         return await self._send("POST", "/lookup", dumps({"knowledge_id": knowledge_id, "names": list(names)}))

@@ -16,6 +16,7 @@ from service.auth import ANONYMOUS, Authenticator
 from service.core.disconnect import CLIENT_GONE, CallerGone
 from service.core.errors import Invalid, TooLarge, TooSlow, Unavailable
 from service.core.settings import Settings
+from service.metrics import RequestMetrics
 from service.problems import problem_response
 from service.rate_limit import RateLimiter
 
@@ -27,11 +28,14 @@ _LARGE_UPLOADS = ("/archive", "/features", "/v1/knowledge")
 
 
 class Gate:
-    """The outermost ASGI layer: sets `scope['state']['caller']`, echoes X-Request-Id, enforces limits, and answers
-    every error that nothing inside it has answered."""
+    """The outermost ASGI layer: sets `scope['state']['caller']`, echoes X-Request-Id, enforces limits, answers every
+    error that nothing inside it has answered, and counts what was answered."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, authenticator: Authenticator) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: Settings, authenticator: Authenticator, metrics: RequestMetrics
+    ) -> None:
         self.app = app
+        self.metrics = metrics
         self.settings = settings
         self.authenticator = authenticator
         self.rate_limiter = RateLimiter(settings.rate_limit_per_minute)
@@ -50,6 +54,7 @@ class Gate:
         status = held = 0
         content_type = headers.get(b"content-type", "").lower()
         is_streamed = _is_streamed(scope["path"], content_type)
+        self.metrics.began()
 
         def hold(n_bytes: int) -> None:
             nonlocal held
@@ -89,7 +94,9 @@ class Gate:
             await problem_response(error, scope["path"])(scope, receive, send_with_id)
         finally:
             self.held_bytes -= held
-            took_ms = round(1000 * (time.perf_counter() - began), 1)
+            took_s = time.perf_counter() - began
+            self.metrics.ended(scope, status, took_s)
+            took_ms = round(1000 * took_s, 1)
             log.debug("request", method=scope["method"], path=scope["path"], status=status, ms=took_ms, id=request_id)
 
     def limit_of(self, path: str, content_type: str) -> int:

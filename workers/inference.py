@@ -66,6 +66,12 @@ class Inference:
         await run_in_threadpool(self.engine.probe)
         return _json({"status": "ok", "device": self.engine.device, "resident": self.library.resident_names()})
 
+    async def stats(self, _request: Request) -> Response:
+        """Images and batches since the start, images waiting, models in memory and their bytes."""
+        n_classifiers, model_bytes = self.library.held()
+        stats = dataclasses.asdict(self.engine.stats())
+        return _json({**stats, "n_classifiers": n_classifiers, "model_bytes": model_bytes})
+
     def warm_up(self) -> None:
         """Load the newest classifier and send an image through it, so that the first request finds all in place.
 
@@ -320,6 +326,7 @@ def create_inference_app(settings: Settings, started: Callable[[], object] | Non
 
     handlers: dict[tuple[str, str], Handler] = {
         ("GET", "/health"): inference.health,
+        ("GET", "/stats"): inference.stats,
         ("POST", "/lookup"): inference.lookup,
         ("POST", "/relate"): inference.relate,
         ("POST", "/classify"): inference.classify,

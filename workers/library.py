@@ -82,6 +82,10 @@ class Library:
         """Ids of the classifiers held."""
         return [key.removeprefix("classifier:") for key in self._cache.names() if key.startswith("classifier:")]
 
+    def held(self) -> tuple[int, int]:
+        """How many classifiers are held, and the bytes of all that is."""
+        return len(self.resident_names()), self._cache.n_bytes
+
     def newest_classifier(self) -> str | None:
         """Id of the newest one that is ready and reads images."""
         with self._database.read() as session:

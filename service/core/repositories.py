@@ -328,6 +328,12 @@ def measured_training_rate(session: Session, backbone: str) -> float | None:
     return None
 
 
+def count_jobs(session: Session) -> dict[tuple[str, str], int]:
+    """How many jobs there are of each (kind, status)."""
+    query = select(Job.kind, Job.status, func.count()).group_by(Job.kind, Job.status)
+    return {(kind, status): n for kind, status, n in session.execute(query)}
+
+
 def live_workers(session: Session, since: Any) -> list[Worker]:
     """Workers heard of after `since`."""
     return list(session.scalars(select(Worker).where(Worker.heartbeat_at >= since)))

@@ -1,4 +1,4 @@
-"""Health, readiness, version, and the catalog of methods."""
+"""Health, readiness, metrics, version, and the catalog of methods."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from datetime import timedelta
 from importlib import metadata
 from typing import Any
 
-from fastapi import APIRouter, Response
-from fastapi.responses import RedirectResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
@@ -19,6 +19,7 @@ from service.core.db import utc_now
 from service.core.errors import NotFound, Unavailable
 from service.deps import Parts, PartsDep
 from service.json import FastJSON
+from service.metrics import CONTENT_TYPE, metrics_page
 from service.problems import documented
 from service.schemas import MethodOut, Readiness
 
@@ -64,6 +65,13 @@ async def ready(parts: PartsDep) -> Response:
     is_ready = all(state == "ok" for state in report.values())
     headers = {} if is_ready else {"Retry-After": "2"}
     return FastJSON({"ready": is_ready, "checks": report}, status_code=200 if is_ready else 503, headers=headers)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request, parts: PartsDep) -> Response:
+    """Prometheus' text format: requests of this process, jobs and workers, and what the inference process does."""
+    page = await metrics_page(request.app.state.request_metrics, parts.database, parts.inference, parts.settings)
+    return Response(page, media_type=CONTENT_TYPE)
 
 
 @router.get("/v1/methods", response_model=list[MethodOut], tags=["methods"])
