@@ -53,6 +53,13 @@ def quick(name: str) -> Params:
     )
 
 
+def brief(name: str) -> Params:
+    """The same with so few epochs and steps that little is learned, for tests that do not ask what."""
+    params = quick(name)
+    few = {"epochs": 2, "steps_per_epoch": 3, "decomposition_epochs": 2, "embedding_epochs": 2}
+    return params.model_copy(update={field: n for field, n in few.items() if field in type(params).model_fields})
+
+
 @cache
 def fitted(name: str) -> ZeroShotModel:
     """One fitted model a method, for tests that only look at it."""
@@ -126,10 +133,11 @@ def test_gamma_chosen_on_validation_helps_on_test_images(name: str) -> None:
 
 
 def test_same_seed_same_bits_and_a_second_fit_forgets_the_first(name: str) -> None:
-    first = fitted(name)
-    again = create_classifier(name, quick(name))
+    first, again = create_classifier(name, brief(name)), create_classifier(name, brief(name))
     other = made_up(seed=5)
-    again.fit(other.train, other.seen_embeddings).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    again.fit(other.train, other.seen_embeddings)
+    for model in (first, again):
+        model.fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
     assert np.array_equal(
         first.scores(DATA.unseen.features, DATA.unseen_embeddings),
         again.scores(DATA.unseen.features, DATA.unseen_embeddings),
@@ -205,51 +213,46 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_half_precision_features_are_taken(name: str) -> None:
     train = replace(DATA.train, features=DATA.train.features.astype(np.float16))
-    model = create_classifier(name, quick(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    model = create_classifier(name, brief(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
     assert np.isfinite(model.scores(DATA.unseen.features.astype(np.float16), DATA.unseen_embeddings)).all()
 
 
 def test_without_validation_classes_gamma_is_zero_and_says_so(name: str) -> None:
-    model = create_classifier(name, quick(name)).fit(DATA.train, DATA.seen_embeddings)
+    model = create_classifier(name, brief(name)).fit(DATA.train, DATA.seen_embeddings)
     assert model.gamma_ == 0
     assert model.temperature_ > 0
     assert "No validation classes" in model.validation_["reason"]
 
 
 def test_predicted_embeddings_may_stand_in_for_validation_classes(name: str) -> None:
-    only_named = quick(name).model_copy(update={"folds": 1})
-    own = create_classifier(name, only_named).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
     rows = DATA.seen_embeddings[[1, 5, 9]]
-    # The last epoch: of several, the best is now and then right about three classes for no reason.
-    last = quick(name).model_copy(update={"early_stopping": False})
-    same, right, turned = (
-        create_classifier(name, params).fit(
-            DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=given
-        )
-        for params, given in ((quick(name), rows), (last, rows), (last, rows[[1, 2, 0]]))
-    )
-    assert same.validation_ == own.validation_
+
+    def fit(params: Params, **given: Any) -> ZeroShotModel:
+        model = create_classifier(name, params)
+        return model.fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, **given)
+
+    only_named = brief(name).model_copy(update={"folds": 1})
+    assert fit(brief(name), validation_embeddings=rows).validation_ == fit(only_named).validation_
     asked: list[list[str]] = []
 
     def as_unseen(names: Sequence[str]) -> FloatArray:
         asked.append(list(names))
         return DATA.seen_embeddings[[DATA.train.class_names.index(n) for n in names]]
 
-    by_function = create_classifier(name, quick(name)).fit(
-        DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=as_unseen
-    )
-    assert by_function.validation_ == fitted(name).validation_
+    by_function = fit(brief(name), validation_embeddings=as_unseen)
+    assert by_function.validation_ == fit(brief(name)).validation_
     assert asked == by_function.validation_["folds"]
+    # The last epoch: of several, the best is now and then right about three classes for no reason.
+    last = quick(name).model_copy(update={"early_stopping": False})
+    right, turned = (fit(last, validation_embeddings=given) for given in (rows, rows[[1, 2, 0]]))
     assert turned.validation_["t1"] < right.validation_["t1"]
     with pytest.raises(ShapeMismatch, match="validation_embeddings"):
-        create_classifier(name).fit(
-            DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, validation_embeddings=rows[:2]
-        )
+        fit(quick(name), validation_embeddings=rows[:2])
 
 
 def test_progress_counts_up_and_cancel_passes(name: str) -> None:
     seen: list[Progress] = []
-    create_classifier(name, quick(name)).fit(
+    create_classifier(name, brief(name)).fit(
         DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION, on_progress=seen.append
     )
     assert seen
@@ -258,7 +261,7 @@ def test_progress_counts_up_and_cancel_passes(name: str) -> None:
     def stop(progress: Progress) -> None:
         raise Cancelled("told to")
 
-    model = create_classifier(name, quick(name))
+    model = create_classifier(name, brief(name))
     with pytest.raises(Cancelled):
         model.fit(DATA.train, DATA.seen_embeddings, on_progress=stop)
     with pytest.raises(NotFitted):
@@ -269,7 +272,7 @@ def test_progress_counts_up_and_cancel_passes(name: str) -> None:
 def test_cancel_passes_at_any_stage(name: str, share: float) -> None:
     reports: list[Progress] = []
     inputs = DATA.train, DATA.seen_embeddings
-    create_classifier(name, quick(name)).fit(*inputs, validation_classes=VALIDATION, on_progress=reports.append)
+    create_classifier(name, brief(name)).fit(*inputs, validation_classes=VALIDATION, on_progress=reports.append)
     left = int(share * len(reports))
 
     def stop(progress: Progress) -> None:
@@ -278,7 +281,7 @@ def test_cancel_passes_at_any_stage(name: str, share: float) -> None:
         if left < 0:
             raise Cancelled("told to")
 
-    model = create_classifier(name, quick(name))
+    model = create_classifier(name, brief(name))
     with pytest.raises(Cancelled):
         model.fit(*inputs, validation_classes=VALIDATION, on_progress=stop)
     with pytest.raises(NotFitted):
@@ -289,7 +292,7 @@ def test_inputs_are_never_changed(name: str) -> None:
     given = (DATA.train.features, DATA.train.labels, DATA.seen_embeddings, DATA.unseen.features, DATA.unseen_embeddings)
     before = [array.copy() for array in given]
     for kind in ("none", "minmax"):
-        params = quick(name).model_copy(update={"normalize": kind})
+        params = brief(name).model_copy(update={"normalize": kind})
         model = create_classifier(name, params).fit(DATA.train, DATA.seen_embeddings, validation_classes=VALIDATION)
         model.scores(DATA.unseen.features, DATA.unseen_embeddings)
     assert all(np.array_equal(now, then) for now, then in zip(given, before, strict=True))
@@ -355,7 +358,7 @@ def test_one_image_a_class_and_constant_features_still_fit(name: str) -> None:
     features = DATA.train.features[keep].copy()
     features[:, 0] = 2.0
     train = replace(DATA.train, features=features, labels=DATA.train.labels[keep])
-    model = create_classifier(name, quick(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
+    model = create_classifier(name, brief(name)).fit(train, DATA.seen_embeddings, validation_classes=VALIDATION)
     assert np.isfinite(model.scores(DATA.unseen.features, DATA.unseen_embeddings)).all()
 
 
@@ -364,10 +367,7 @@ def test_small_integers_as_labels_and_constant_attributes_are_taken(name: str) -
     embeddings[:, 0] = 0.5  # of no use, and no harm
     embeddings[3] = embeddings[2]  # never told apart
     train = replace(DATA.train, labels=DATA.train.labels.astype(np.uint8))
-    params = quick(name)
-    if "epochs" in type(params).model_fields:
-        params = params.model_copy(update={"epochs": 2})
-    model = create_classifier(name, params).fit(train, embeddings * 1e30)
+    model = create_classifier(name, brief(name)).fit(train, embeddings * 1e30)
     assert np.isfinite(model.scores(DATA.unseen.features, DATA.unseen_embeddings)).all()
 
 

@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -25,6 +25,14 @@ from service.deps import Parts
 from service.patience import protocol_with_patience
 from service.schemas import JobOut
 from tests.fakes import FakeInference
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Waits until it does."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.005)
 
 
 class Server:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,13 +62,6 @@ def resident(backbone: MeanColour | None = None) -> Resident:
 
 def classified(engine: Engine, *args: Any, **options: Any) -> list[list[Prediction] | ImageError]:
     return engine.classify(*args, **options).result(20)
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def labels(answers: list[list[Prediction] | ImageError]) -> list[str | None]:

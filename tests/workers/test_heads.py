@@ -18,7 +18,8 @@ from starlette.responses import Response
 
 from models.base import FloatArray
 from service.core.errors import Unavailable
-from tests.workers.colours import NAMES, RED, Dot, eventually, resident
+from tests.service.harness import eventually
+from tests.workers.colours import NAMES, RED, Dot, resident
 from workers import heads as heads_module
 from workers.engine import Engine
 from workers.heads import KEPT_SETS, Heads

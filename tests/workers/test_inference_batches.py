@@ -10,13 +10,13 @@ import pytest
 
 from models.base import FloatArray
 from models.errors import InvalidInput
+from tests.service.harness import eventually
 from tests.workers.colours import (
     BLUE,
     GREEN,
     RED,
     Dot,
     MeanColour,
-    eventually,
     labels,
     resident,
 )

@@ -21,6 +21,7 @@ from models.embedding.extraction import ImageFeatures, extract_features
 from models.errors import InvalidInput, UnknownName
 from models.params import PatchParams
 from models.zero_shot.base import create_classifier
+from tests.service.harness import eventually
 from tests.workers.colours import (
     BLUE,
     EMBEDDINGS,
@@ -30,7 +31,6 @@ from tests.workers.colours import (
     Dot,
     MeanColour,
     classified,
-    eventually,
     labels,
     picture,
     resident,
