@@ -11,6 +11,7 @@ import torch
 from models.base import FloatArray
 from models.catalog import METHODS
 from models.evaluation import zsl_report
+from models.params import Params
 from models.precision import full_precision, mixed
 from models.zero_shot.base import ZeroShotModel, create_classifier
 from models.zero_shot.decomposition import similarity_loss
@@ -18,7 +19,7 @@ from models.zero_shot.gradient import BatchModel
 from models.zero_shot.layers import linear
 from models.zero_shot.vaegan import missed
 from models.zero_shot.wgan import Critic, descend
-from tests.models.test_contract import quick
+from tests.models.test_contract import brief, quick
 from tests.models.zero_shot.made_up import made_up
 
 DATA = made_up()
@@ -30,22 +31,21 @@ def chance(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def fit(name: str, **changes: Any) -> tuple[ZeroShotModel, FloatArray]:
-    params = quick(name).model_copy(update=changes)
-    model = create_classifier(name, params).fit(DATA.train, DATA.seen_embeddings)
+def fit(name: str, params: Params, **changes: Any) -> tuple[ZeroShotModel, FloatArray]:
+    model = create_classifier(name, params.model_copy(update=changes)).fit(DATA.train, DATA.seen_embeddings)
     return model, model.scores(DATA.unseen.features, DATA.unseen_embeddings)
 
 
 @pytest.mark.parametrize("name", METHODS_WITH_STEPS)
 def test_every_trained_method_takes_it_and_learns(name: str) -> None:
-    model, scores = fit(name, precision="bf16", epochs=min(8, getattr(quick(name), "epochs", 8)))
+    model, scores = fit(name, quick(name), precision="bf16", epochs=min(8, getattr(quick(name), "epochs", 8)))
     assert zsl_report(scores, DATA.unseen.labels, list(DATA.unseen.class_names)).t1 > 0.5  # by chance: 0.25
     assert all(array.dtype in (np.float16, np.float32, np.int64) for array in model._state().values())
 
 
 @pytest.mark.parametrize("name", ["sje", "se_gzsl"])
 def test_by_default_a_cpu_computes_in_float32(name: str) -> None:
-    full, half, auto = (fit(name, precision=precision, epochs=2)[1] for precision in ("fp32", "bf16", "auto"))
+    full, half, auto = (fit(name, brief(name), precision=precision)[1] for precision in ("fp32", "bf16", "auto"))
     assert np.array_equal(full, auto)  # to the bit
     assert not np.array_equal(full, half)
 
