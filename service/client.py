@@ -331,23 +331,23 @@ class Client(Connection):
         *,
         class_name: str | None = None,
         top_k: int = 8,
+        timeout_s: float | None = None,
     ) -> Json:
         """{classifier_id, data}: where a classifier on feature maps looks in each image, as maps of its places.
 
-        class_name: what it looks for; default: the likeliest class. top_k: dimensions to tell of.
+        class_name: what it looks for; default: the likeliest class. top_k: dimensions to tell of. `timeout_s`: a later
+        answer is of no use (504).
         """
-        params = _given(class_name=class_name, top_k=top_k)
+        params = _given(class_name=class_name, top_k=top_k, timeout_s=timeout_s)
         return self._of_images(f"/v1/classifiers/{classifier_id}/attention", images, params)
 
-    def attention_picture(
-        self, classifier_id: str, image: ImageSource, *, class_name: str | None = None, top_k: int = 8
-    ) -> bytes:
-        """The same of one image as a JPEG: the photo with the maps laid over it."""
+    def attention_picture(self, classifier_id: str, image: ImageSource, **options: Any) -> bytes:
+        """The same of one image as a JPEG: the photo with the maps laid over it; `options` as in `attention`."""
         name, content = named_content(image, 0)
         response = self._http.request(
             "POST",
             f"/v1/classifiers/{classifier_id}/attention",
-            params=_given(class_name=class_name, top_k=top_k),
+            params=_given(**options),
             form=Form((("images", name, content),)),
             headers={"Accept": "image/jpeg"},
         )

@@ -16,7 +16,7 @@ from models.embedding.storage import HEADS_FILE, MANIFEST_FILE, load_heads
 from models.zero_shot.base import load_classifier
 from models.zero_shot.sc_egg import SCEGG
 from service.answers import AttentionOut
-from service.client import Client
+from service.client import Client, UnseenError
 from service.core.tables import Classifier, EmbeddingSet
 from service.schemas import JobOut
 from tests.service.harness import LiveApi, checked, png, problem
@@ -69,7 +69,10 @@ def test_the_client_asks_for_both(live_api: LiveApi) -> None:
     with Client(str(live_api.client.base_url)) as client:
         found = client.attention(classifier, [png(1), png(2)], class_name="okapi", top_k=2)
         assert [row["index"] for row in found["data"]] == [0, 1]
-        assert client.attention_picture(classifier, png(1))[:2] == b"\xff\xd8"
+        assert client.attention_picture(classifier, png(1), top_k=1)[:2] == b"\xff\xd8"
+        for ask in (client.attention, client.attention_picture):
+            with pytest.raises(UnseenError, match="timeout_s"):
+                ask(classifier, png(1), timeout_s=0)
 
 
 def test_bad_requests_say_what_is_wrong(live_api: LiveApi) -> None:
