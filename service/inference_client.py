@@ -17,6 +17,8 @@ _BY_STATUS = {error.status: error for error in ERRORS if error.status not in (40
 
 CONNECT_S = 5.0
 GRACE_S = 5.0
+STATS_S = 5.0
+"""Prometheus gives a page up after ten seconds."""
 KEEP_S = 4.0
 """How long an idle connection is kept: less than the other side keeps it, or a request could meet a closed one."""
 
@@ -42,7 +44,7 @@ class InferenceClient:
 
     async def stats(self) -> dict[str, Any]:
         """What it has computed and holds: see `workers.inference.Inference.stats`."""
-        return await self._send("GET", "/stats", b"")
+        return await self._send("GET", "/stats", b"", STATS_S)
 
     async def lookup(self, knowledge_id: str, names: Sequence[str]) -> dict[str, Any]:
         """How names resolve in a knowledge source: {'resolutions': […]}."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from prometheus_client import (
@@ -20,8 +19,8 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
+    generate_latest,
 )
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
@@ -29,12 +28,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
 from service.core import repositories
-from service.core.db import Database, utc_now
+from service.core.db import Database
 from service.core.errors import Unavailable
 from service.core.settings import Settings
 from service.inference_client import InferenceClient
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 ENGINE = (
@@ -45,8 +43,6 @@ ENGINE = (
     (GaugeMetricFamily, "model_bytes", "Memory that these take, with their networks.", "model_bytes"),
 )
 """What the inference process tells, and the keys it has there."""
-INFERENCE_S = 5.0
-"""How long the inference process may take to tell its numbers; a scrape is given up after ten seconds."""
 T = TypeVar("T")
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of the page, and nobody draws them
 
@@ -88,7 +84,7 @@ async def metrics_page(
     """The page, whole."""
     tables, engine = await asyncio.gather(
         _unless_down(run_in_threadpool(_of_database, database, settings)),
-        _unless_down(asyncio.wait_for(inference.stats(), INFERENCE_S)),
+        _unless_down(inference.stats()),
     )
     now = CollectorRegistry(auto_describe=False)
     now.register(_Told([*(tables or ()), *_of_inference(engine)]))
@@ -106,14 +102,14 @@ class _Told(Collector):
 async def _unless_down(asked: Awaitable[T]) -> T | None:
     try:
         return await asked
-    except (Unavailable, TimeoutError, SQLAlchemyError):
+    except (Unavailable, SQLAlchemyError):
         return None
 
 
 def _of_database(database: Database, settings: Settings) -> list[Metric]:
     with database.read() as session:
         counts = repositories.count_jobs(session)
-        workers = repositories.live_workers(session, utc_now() - timedelta(seconds=settings.lost_after_s))
+        workers = repositories.live_workers(session, settings.lost_after_s)
     jobs = GaugeMetricFamily("unseen_jobs", "Jobs the database knows, by kind and status.", labels=("kind", "status"))
     for (kind, status), n in counts.items():
         jobs.add_metric((kind, status), n)

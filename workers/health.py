@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 
 from service.core import repositories
-from service.core.db import Database, make_engine, utc_now
+from service.core.db import Database, make_engine
 from service.core.process import host_id
 from service.core.settings import Settings
 
@@ -16,7 +15,7 @@ def main() -> int:
     settings = Settings()
     database = Database(make_engine(settings.resolved_database_url))
     with database.read() as session:
-        workers = repositories.live_workers(session, utc_now() - timedelta(seconds=settings.lost_after_s))
+        workers = repositories.live_workers(session, settings.lost_after_s)
     return 0 if any(worker.host == host_id() for worker in workers) else 1
 
 

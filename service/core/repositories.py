@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, select
 from sqlalchemy.orm import Session
 
-from service.core.db import Database
+from service.core.db import Database, utc_now
 from service.core.errors import Conflict, NotFound
 from service.core.jobs import TERMINAL, has_resource
 from service.core.tables import (
@@ -334,8 +335,9 @@ def count_jobs(session: Session) -> dict[tuple[str, str], int]:
     return {(kind, status): n for kind, status, n in session.execute(query)}
 
 
-def live_workers(session: Session, since: Any) -> list[Worker]:
-    """Workers heard of after `since`."""
+def live_workers(session: Session, within_s: float) -> list[Worker]:
+    """Workers heard of in the last so many seconds."""
+    since = utc_now() - timedelta(seconds=within_s)
     return list(session.scalars(select(Worker).where(Worker.heartbeat_at >= since)))
 
 

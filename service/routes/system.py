@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
 from importlib import metadata
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse, RedirectResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
 from models.catalog import METHODS, Method
 from models.errors import UnknownName
 from service.core import repositories
-from service.core.db import utc_now
 from service.core.errors import NotFound, Unavailable
 from service.deps import Parts, PartsDep
 from service.json import FastJSON
-from service.metrics import CONTENT_TYPE, metrics_page
+from service.metrics import metrics_page
 from service.problems import documented
 from service.schemas import MethodOut, Readiness
 
@@ -71,7 +70,7 @@ async def ready(parts: PartsDep) -> Response:
 async def metrics(request: Request, parts: PartsDep) -> Response:
     """Prometheus' text format: requests of this process, jobs and workers, and what the inference process does."""
     page = await metrics_page(request.app.state.request_metrics, parts.database, parts.inference, parts.settings)
-    return Response(page, media_type=CONTENT_TYPE)
+    return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/methods", response_model=list[MethodOut], tags=["methods"])
@@ -120,8 +119,7 @@ def _store(parts: Parts) -> str:
 
 def _worker(parts: Parts) -> str:
     with parts.database.read() as session:
-        since = utc_now() - timedelta(seconds=parts.settings.lost_after_s)
-        workers = repositories.live_workers(session, since)
+        workers = repositories.live_workers(session, parts.settings.lost_after_s)
     return "ok" if workers else f"no worker was heard of in the last {parts.settings.lost_after_s:g} s"
 
 

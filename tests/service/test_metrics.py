@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import text
 
 from tests.service.harness import LiveApi, png, problem
 from tests.service.tasks import trained_classifier
@@ -80,6 +81,14 @@ def test_a_part_that_is_down_hides_no_other(own_api: LiveApi) -> None:
     assert of(samples, "unseen_inference_up") == 0
     assert of(samples, "unseen_inference_images_total") is None
     assert of(samples, "unseen_jobs", kind="index_knowledge", status="queued") == 1
+
+
+def test_a_database_that_fails_hides_the_others_no_more(inferring_api: LiveApi) -> None:
+    with inferring_api.parts.database.write() as session:
+        session.execute(text("DROP TABLE workers"))
+    samples = scraped(inferring_api)
+    assert of(samples, "unseen_inference_up") == 1
+    assert not [name for name, _ in samples if name in ("unseen_jobs", "unseen_workers")]
 
 
 def test_it_needs_a_key_that_may_read(start_api: Callable[..., LiveApi]) -> None:
